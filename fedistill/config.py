@@ -1,0 +1,154 @@
+"""The one configuration schema: command line, presets, Flower's run_config and studies all fill this record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from fedistill.errors import FedistillError, unknown
+
+
+def _key(default: Any, help: str, *, scope: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "scope": scope, "choices": choices, "low": low})
+
+
+# scope of a key: what has to be computed again when it changes.
+#   data    every phase          experts  experts and what follows      distill  the synthetic set and what follows
+#   eval    training on the set  run      nothing: it changes how the work is carried out, never its result
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting of a run. A value of 0 in the keys that a preset fills means "as the preset says"."""
+
+    data: str = _key("phantom", "phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest", scope="data")
+    partition: str = _key("auto", "auto, site, iid, dirichlet, quantity or a .json file of indices", scope="data")
+    sites: int = _key(0, "number of sites; 0: the real sites of the data, else 3", scope="data", low=0)
+    alpha: float = _key(0.3, "concentration of the dirichlet and quantity partitions", scope="data", low=1e-3)
+    seed: int = _key(0, "seed of everything that is not a privacy mechanism", scope="data", low=0)
+    modality: str = _key("auto", "sets normalisation and safe augmentations; auto: what the source says", scope="data")
+    image_size: int = _key(0, "resize images to this many pixels; 0: as stored", scope="data", low=0)
+    phantom_images: int = _key(900, "training images of the built-in phantoms", scope="data", low=1)
+    phantom_classes: int = _key(4, "classes of the built-in phantoms (2 to 6)", scope="data", low=2)
+    phantom_channels: int = _key(1, "1: grey, 3: colour", scope="data", low=1)
+    phantom_size: int = _key(28, "pixels per side of the built-in phantoms", scope="data", low=16)
+
+    model: str = _key("convnet", "architecture of the experts", scope="experts")
+    width: int = _key(32, "channels of the ConvNet", scope="experts", low=1)
+    depth: int = _key(3, "blocks of the ConvNet", scope="experts", low=1)
+    augment: str = _key("auto", "auto (safe for the modality), none, or a comma list of operations", scope="experts")
+    class_weights: bool = _key(True, "class-weighted loss (weights at most 10) in every training on real images", scope="experts")
+    experts: int = _key(0, "expert networks per site", scope="experts", low=0)
+    expert_steps: int = _key(0, "SGD steps of an expert", scope="experts", low=0)
+    expert_batch: int = _key(64, "images per expert step", scope="experts", low=1)
+    expert_lr: float = _key(0.01, "learning rate of the experts", scope="experts", low=0.0)
+    checkpoint_every: int = _key(10, "expert steps between checkpoints", scope="experts", low=1)
+
+    preset: str = _key("standard", "amount of work: quick, standard or thorough", scope="run")
+    method: str = _key("datm", "distillation method (see `fedistill methods`)", scope="distill")
+    ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1)
+    init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))
+    labels: str = _key("auto", "hard or soft (learned) labels; auto: as the method says", scope="distill", choices=("auto", "hard", "soft"))
+    mask: str = _key("auto", "parameters that are matched: none, prune, or auto (as the method says)", scope="distill", choices=("auto", "none", "prune"))
+    mask_keep: float = _key(0.9, "share of the parameters that prune keeps: the easiest to match", scope="distill", low=0.01)
+    overlap: str = _key("auto", "dynamic overlap mitigation: on, off, or auto (as the method says)", scope="distill", choices=("auto", "on", "off"))
+    rounds: int = _key(1, "federated rounds; later rounds complement what the other sites teach", scope="distill", low=1)
+    iterations: int = _key(0, "outer iterations per round", scope="distill", low=0)
+    syn_steps: int = _key(0, "student steps per outer iteration", scope="distill", low=0)
+    syn_batch: int = _key(50, "synthetic images per student step", scope="distill", low=1)
+    segment: int = _key(4, "length of a matched segment, in checkpoints", scope="distill", low=1)
+    image_lr: float = _key(100.0, "learning rate of the images", scope="distill", low=0.0)
+    label_lr: float = _key(2.0, "learning rate of soft labels", scope="distill", low=0.0)
+    step_lr: float = _key(0.01, "learning rate of the logarithm of the student's step size", scope="distill", low=0.0)
+    skip_above: float = _key(1.5, "an iteration with a larger matching loss takes no step", scope="distill", low=0.0)
+
+    eval_models: str = _key("convnet,mlp", "architectures of the global models; the first gives the headline", scope="eval")
+    eval_nets: int = _key(0, "global networks per arm and seed", scope="eval", low=0)
+    eval_steps: int = _key(0, "SGD steps of a global network", scope="eval", low=0)
+    eval_batch: int = _key(64, "images per step of a global network", scope="eval", low=1)
+
+    seeds: int = _key(1, "runs, with seeds seed, seed+1, ...", scope="run", low=1)
+    quorum: int = _key(0, "smallest number of sites that must answer; 0: half of them", scope="run", low=0)
+    deadline: float = _key(86400.0, "seconds that a site may take for one phase", scope="run", low=0.0)
+    slice_seconds: float = _key(10.0, "seconds of work per message to a site", scope="run", low=0.0)
+    workers: int = _key(0, "processes that train at the same time; 0: one per core", scope="run", low=0)
+    device: str = _key("auto", "auto, cpu, cuda or mps", scope="run", choices=("auto", "cpu", "cuda", "mps"))
+    out: str = _key("", "folder of the run", scope="run")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, low = getattr(self, item.name), item.metadata["low"]
+            choices = item.metadata["choices"]
+            if choices and value not in choices:
+                raise unknown(f"value of {item.name}", str(value), choices)
+            if low is not None and value < low:
+                raise FedistillError("bad-value", f"{item.name}={value} is too small: it must be at least {low:g}.")
+        if self.preset not in PRESETS:
+            raise unknown("preset", self.preset, PRESETS)
+
+    def resolved(self) -> Config:
+        """Every 0 that the preset governs replaced by the preset's amount of work."""
+        return replace(self, **{k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) == 0})
+
+    def with_seed(self, seed: int) -> Config:
+        return replace(self, seed=seed, seeds=1)
+
+    def key(self, *scopes: str) -> str:
+        """A short hash of the settings in `scopes`: results that share it can share their files."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["scope"] in scopes}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "quick": {"experts": 3, "expert_steps": 200, "iterations": 150, "syn_steps": 10, "eval_nets": 2, "eval_steps": 150},
+    "standard": {"experts": 6, "expert_steps": 400, "iterations": 500, "syn_steps": 20, "eval_nets": 3, "eval_steps": 300},
+    "thorough": {"experts": 20, "expert_steps": 1000, "iterations": 5000, "syn_steps": 40, "eval_nets": 5, "eval_steps": 1000},
+}
+
+TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}
+HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(Config)}
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """A `Config` from names and values, which may be strings (`--set key=value`) or typed (TOML, JSON).
+
+    Raises `FedistillError` on an unknown key, with the nearest valid one, and on a value of another type.
+    """
+    clean: dict[str, Any] = {}
+    for raw, value in values.items():
+        name = raw.replace("-", "_")
+        if name not in TYPES:
+            raise unknown("option", raw, TYPES)
+        clean[name] = _coerce(name, value, TYPES[name])
+    return Config(**clean)
+
+
+def _coerce(name: str, value: Any, kind: type) -> Any:
+    if isinstance(value, str) and kind is not str:
+        text = value.strip().lower()
+        try:
+            if kind is bool:
+                return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[text]
+            number = kind(text)
+        except (KeyError, ValueError):
+            raise FedistillError("bad-value", f"{name}={value} is not {_KINDS[kind]}.") from None
+        return _finite(name, number)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _finite(name, float(value))
+    if type(value) is not kind:
+        raise FedistillError("bad-value", f"{name}={value!r} is not {_KINDS[kind]}.")
+    return value
+
+
+def _finite(name: str, number: float) -> float:
+    if number != number or number in (float("inf"), float("-inf")):
+        raise FedistillError("bad-value", f"{name}={number} is not a finite number.")
+    return number
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

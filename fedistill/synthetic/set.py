@@ -1,0 +1,66 @@
+"""The synthetic set: what a site releases and the server merges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
+
+@dataclass(frozen=True)
+class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
+    """`m` synthetic images of one task, from one site or from several.
+
+    images: `(m, C, H, W)` float32, normalised with the public constants `mean` and `std` (pixel = image * std + mean,
+        with pixels in 0..1; values outside are allowed, since a distilled image is not a photograph).
+    labels: `(m, K)` float32, a distribution per image (one-hot where labels are hard).
+    site: `(m,)` int64, the position in `sites` of the site that made the image.
+    step_size: the learned step size of each site, in the order of `sites`.
+    manifest: method, configuration hash, versions and privacy statement of each site (JSON-compatible).
+    """
+
+    images: Tensor
+    labels: Tensor
+    site: Tensor
+    sites: tuple[str, ...]
+    class_names: tuple[str, ...]
+    mean: float
+    std: float
+    modality: str
+    step_size: tuple[float, ...]
+    manifest: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """(image `(C, H, W)`, label distribution `(K,)`)."""
+        return self.images[index], self.labels[index]
+
+    @property
+    def hard_labels(self) -> Tensor:
+        """`(m,)` int64: the most likely class of each image."""
+        return self.labels.argmax(1)
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        c, h, w = self.images.shape[1:]
+        return int(c), int(h), int(w)
+
+    @property
+    def pixels(self) -> Tensor:
+        """`(m, C, H, W)` float32 in 0..1, for people to look at."""
+        return (self.images * self.std + self.mean).clamp(0, 1)
+
+    def of_site(self, name: str) -> Tensor:
+        """Positions of the images that site `name` made."""
+        return torch.nonzero(self.site == self.sites.index(name)).flatten()
+
+
+def one_hot(labels: Tensor | Sequence[int], classes: int) -> Tensor:
+    """`(m,)` class indices to `(m, K)` float32 distributions."""
+    return torch.nn.functional.one_hot(torch.as_tensor(labels, dtype=torch.int64), classes).float()
