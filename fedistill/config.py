@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -23,7 +24,9 @@ def _key(default: Any, help: str, *, scope: str, choices: tuple[str, ...] = (), 
 class Config:
     """Every setting of a run. A value of 0 in the keys that a preset fills means "as the preset says"."""
 
-    data: str = _key("phantom", "phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest", scope="data")
+    data: str = _key(
+        "phantom", "phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest", scope="data"
+    )
     partition: str = _key("auto", "auto, site, iid, dirichlet, quantity or a .json file of indices", scope="data")
     sites: int = _key(0, "number of sites; 0: the real sites of the data, else 3", scope="data", low=0)
     alpha: float = _key(0.3, "concentration of the dirichlet and quantity partitions", scope="data", low=1e-3)
@@ -39,7 +42,9 @@ class Config:
     width: int = _key(32, "channels of the ConvNet", scope="experts", low=1)
     depth: int = _key(3, "blocks of the ConvNet", scope="experts", low=1)
     augment: str = _key("auto", "auto (safe for the modality), none, or a comma list of operations", scope="experts")
-    class_weights: bool = _key(True, "class-weighted loss (weights at most 10) in every training on real images", scope="experts")
+    class_weights: bool = _key(
+        True, "class-weighted loss (weights at most 10) in every training on real images", scope="experts"
+    )
     experts: int = _key(0, "expert networks per site", scope="experts", low=0)
     expert_steps: int = _key(0, "SGD steps of an expert", scope="experts", low=0)
     expert_batch: int = _key(64, "images per expert step", scope="experts", low=1)
@@ -50,24 +55,59 @@ class Config:
     method: str = _key("datm", "distillation method (see `fedistill methods`)", scope="distill")
     ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1)
     init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))
-    labels: str = _key("auto", "hard or soft (learned) labels; auto: as the method says", scope="distill", choices=("auto", "hard", "soft"))
-    mask: str = _key("auto", "parameters that are matched: none, prune, or auto (as the method says)", scope="distill", choices=("auto", "none", "prune"))
-    mask_keep: float = _key(0.9, "share of the parameters that prune keeps: the easiest to match", scope="distill", low=0.01)
-    overlap: str = _key("auto", "dynamic overlap mitigation: on, off, or auto (as the method says)", scope="distill", choices=("auto", "on", "off"))
-    rounds: int = _key(1, "federated rounds; later rounds complement what the other sites teach", scope="distill", low=1)
+    labels: str = _key(
+        "auto",
+        "hard or soft (learned) labels; auto: as the method says",
+        scope="distill",
+        choices=("auto", "hard", "soft"),
+    )
+    mask: str = _key(
+        "auto",
+        "parameters that are matched: none, prune, or auto (as the method says)",
+        scope="distill",
+        choices=("auto", "none", "prune"),
+    )
+    mask_keep: float = _key(
+        0.9, "share of the parameters that prune keeps: the easiest to match", scope="distill", low=0.01
+    )
+    overlap: str = _key(
+        "auto",
+        "dynamic overlap mitigation: on, off, or auto (as the method says)",
+        scope="distill",
+        choices=("auto", "on", "off"),
+    )
+    rounds: int = _key(
+        1, "federated rounds; later rounds complement what the other sites teach", scope="distill", low=1
+    )
     iterations: int = _key(0, "outer iterations per round", scope="distill", low=0)
     syn_steps: int = _key(0, "student steps per outer iteration", scope="distill", low=0)
     syn_batch: int = _key(50, "synthetic images per student step", scope="distill", low=1)
     segment: int = _key(4, "length of a matched segment, in checkpoints", scope="distill", low=1)
-    image_lr: float = _key(100.0, "learning rate of the images", scope="distill", low=0.0)
-    label_lr: float = _key(2.0, "learning rate of soft labels", scope="distill", low=0.0)
-    step_lr: float = _key(0.01, "learning rate of the logarithm of the student's step size", scope="distill", low=0.0)
+    window: float = _key(
+        0.0, "share of the trajectory in which segments may start; 0: by ipc", scope="distill", low=0.0
+    )
+    image_lr: float = _key(
+        50.0, "learning rate of the images, times the images per student step", scope="distill", low=0.0
+    )
+    label_lr: float = _key(
+        0.2, "learning rate of soft labels, times the images per student step", scope="distill", low=0.0
+    )
+    step_lr: float = _key(0.1, "learning rate of the logarithm of the student's step size", scope="distill", low=0.0)
     skip_above: float = _key(1.5, "an iteration with a larger matching loss takes no step", scope="distill", low=0.0)
 
-    eval_models: str = _key("convnet,mlp", "architectures of the global models; the first gives the headline", scope="eval")
+    eval_models: str = _key(
+        "convnet,mlp", "architectures of the global models; the first gives the headline", scope="eval"
+    )
     eval_nets: int = _key(0, "global networks per arm and seed", scope="eval", low=0)
     eval_steps: int = _key(0, "SGD steps of a global network", scope="eval", low=0)
     eval_batch: int = _key(64, "images per step of a global network", scope="eval", low=1)
+
+    server_data: str = _key(
+        "same",
+        "same: a simulation, the server may use the run's data for validation, test and comparison arms; none",
+        scope="eval",
+        choices=("same", "none"),
+    )
 
     seeds: int = _key(1, "runs, with seeds seed, seed+1, ...", scope="run", low=1)
     quorum: int = _key(0, "smallest number of sites that must answer; 0: half of them", scope="run", low=0)
@@ -76,6 +116,9 @@ class Config:
     workers: int = _key(0, "processes that train at the same time; 0: one per core", scope="run", low=0)
     device: str = _key("auto", "auto, cpu, cuda or mps", scope="run", choices=("auto", "cpu", "cuda", "mps"))
     out: str = _key("", "folder of the run", scope="run")
+    work: str = _key(
+        "", "folder of the sites' work, which runs may share; empty: inside the folder of the run", scope="run"
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -90,7 +133,16 @@ class Config:
 
     def resolved(self) -> Config:
         """Every 0 that the preset governs replaced by the preset's amount of work."""
-        return replace(self, **{k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) == 0})
+        filled = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) == 0}
+        return Config(**(self.to_dict() | filled))
+
+    def window_share(self) -> float:
+        """Early segments for few images, later ones for more (DATM: easy patterns first, hard ones only where there is room)."""
+        return self.window or (0.3 if self.ipc <= 2 else 0.6 if self.ipc <= 20 else 1.0)
+
+    def worker_count(self) -> int:
+        """Processes that may train at the same time."""
+        return self.workers or os.cpu_count() or 1
 
     def with_seed(self, seed: int) -> Config:
         return replace(self, seed=seed, seeds=1)
@@ -106,8 +158,22 @@ class Config:
 
 PRESETS: dict[str, dict[str, int]] = {
     "quick": {"experts": 3, "expert_steps": 200, "iterations": 150, "syn_steps": 10, "eval_nets": 2, "eval_steps": 150},
-    "standard": {"experts": 6, "expert_steps": 400, "iterations": 500, "syn_steps": 20, "eval_nets": 3, "eval_steps": 300},
-    "thorough": {"experts": 20, "expert_steps": 1000, "iterations": 5000, "syn_steps": 40, "eval_nets": 5, "eval_steps": 1000},
+    "standard": {
+        "experts": 6,
+        "expert_steps": 400,
+        "iterations": 500,
+        "syn_steps": 20,
+        "eval_nets": 3,
+        "eval_steps": 300,
+    },
+    "thorough": {
+        "experts": 20,
+        "expert_steps": 1000,
+        "iterations": 5000,
+        "syn_steps": 40,
+        "eval_nets": 5,
+        "eval_steps": 1000,
+    },
 }
 
 TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}
@@ -133,7 +199,16 @@ def _coerce(name: str, value: Any, kind: type) -> Any:
         text = value.strip().lower()
         try:
             if kind is bool:
-                return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[text]
+                return {
+                    "true": True,
+                    "yes": True,
+                    "on": True,
+                    "1": True,
+                    "false": False,
+                    "no": False,
+                    "off": False,
+                    "0": False,
+                }[text]
             number = kind(text)
         except (KeyError, ValueError):
             raise FedistillError("bad-value", f"{name}={value} is not {_KINDS[kind]}.") from None

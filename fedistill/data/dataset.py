@@ -67,5 +67,5 @@ class Dataset:
 
     def at(self, index: dict[str, Tensor], name: str) -> Dataset:
         """What one site holds: `index` maps train, val and test to positions in this data set."""
-        parts = {key: split.take(index[key]) for key, split in self.splits.items()}
-        return replace(self, name=name, **parts)
+        train, val, test = (split.take(index[key]) for key, split in self.splits.items())
+        return replace(self, name=name, train=train, val=val, test=test)

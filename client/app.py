@@ -1,0 +1,153 @@
+"""Flower ClientApp: what runs inside a hospital. Each handler decodes, makes one library call, and encodes.
+
+A site's node configuration (`flower-supernode --node-config`) names it: site="...", data="...", work-dir="...".
+In a simulation the partition id takes the place of all three. Nothing leaves but JSON that the library made for
+release, a released synthetic set, and counts of right and wrong answers; of an unexpected error only the fact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedistill.config import Config, make_config
+from fedistill.data.dataset import Dataset
+from fedistill.data.partition import Partition, partition
+from fedistill.data.sources import load_data
+from fedistill.errors import FedistillError
+from fedistill.evaluation.arms import confusion_at
+from fedistill.site.describe import describe
+from fedistill.site.job import advance, released_set
+from fedistill.wire import decode, encode
+
+app = ClientApp()
+
+_loaded: dict[str, tuple[Dataset, Partition | None]] = {}  # the last data, for the next message to this process
+
+
+@dataclass(frozen=True)
+class Site:
+    name: str
+    data: Dataset
+    work: Path
+
+
+def find_site(config: Config, node: dict[str, Any]) -> Site:
+    """The site that this node is, with its data.
+
+    Raises `FedistillError` ("node-config") on a node that names no site, or that the partition has no part for.
+    """
+    if "partition-id" in node:
+        torch.set_num_threads(1)  # simulated sites share the machine: one core each
+        data, parts = _load(config, config.data, split=True)
+        number = int(node["partition-id"])
+        if parts is None or number >= len(parts.names):
+            raise FedistillError("node-config", f"The partition has no site number {number + 1}.")
+        name = parts.names[number]
+        return Site(name, parts.at(data, number), Path(config.work))
+    if missing := [k for k in ("site", "data", "work-dir") if not node.get(k)]:
+        raise FedistillError("node-config", f"The SuperNode's --node-config lacks {', '.join(missing)}.")
+    data, _ = _load(config, str(node["data"]), split=False)
+    name = str(node["site"])
+    return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])))
+
+
+def _load(config: Config, source: str, *, split: bool) -> tuple[Dataset, Partition | None]:
+    local = dataclasses.replace(config, data=source)
+    key = local.key("data")
+    if key not in _loaded:
+        _loaded.clear()
+        data = load_data(local)
+        _loaded[key] = (data, partition(data, local) if split else None)
+    return _loaded[key]
+
+
+def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Message, Context], Message]:
+    """A Flower handler out of `work`: errors become a code and a sentence, and tracebacks stay in the site's folder."""
+
+    def handler(msg: Message, context: Context) -> Message:
+        folder: Path | None = None
+        try:
+            node = dict(context.node_config)
+            folder = Path(str(node["work-dir"])) if "work-dir" in node else None
+            config = make_config(json.loads(str(_job(msg)["config"])))
+            if "partition-id" in node:
+                folder = Path(config.work)
+                config = dataclasses.replace(config, workers=1)
+            content = work(msg, find_site(config, node), config)
+        except FedistillError as error:
+            content = _error(error.code, error.sentence)
+        except Exception:
+            _keep(traceback.format_exc(), folder)
+            content = _error("internal", "An unexpected error: see errors.log in the work folder of the site.")
+        return Message(content, reply_to=msg)
+
+    return handler
+
+
+@app.query("describe")
+@answers
+def describe_site(msg: Message, site: Site, config: Config) -> RecordDict:
+    return _reply(describe(site.data, site.name))
+
+
+@app.train("distill")
+@answers
+def distill(msg: Message, site: Site, config: Config) -> RecordDict:
+    """Work for one slice; the answer carries the released set once it is ready."""
+    job = _job(msg)
+    number = int(job["round"])
+    context = decode(_arrays(msg, "context"), str(job["context"])) if "context" in msg.content else None
+    progress = advance(
+        config, site.data, site.name, site.work, seconds=float(job["seconds"]), round=number, context=context
+    )
+    content = _reply(dataclasses.asdict(progress))
+    if progress.done:
+        arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number))
+        content["set"] = ArrayRecord({k: Array(a) for k, a in arrays.items()})
+        content["text"] = ConfigRecord({"set": text})
+    return content
+
+
+@app.evaluate("models")
+@answers
+def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
+    """How often each global model takes one class of this site's images for another."""
+    split = str(_job(msg)["split"])
+    return _reply({
+        name: confusion_at(config, site.data, name, torch.from_numpy(theta.copy()), split).tolist()
+        for name, theta in _arrays(msg, "models").items()
+    })  # fmt: skip
+
+
+def _job(msg: Message) -> Any:
+    return msg.content["job"]
+
+
+def _arrays(msg: Message, record: str) -> dict[str, Any]:
+    return {str(k): array.numpy() for k, array in msg.content.array_records[record].items()}
+
+
+def _reply(value: Any) -> RecordDict:
+    return RecordDict({"reply": ConfigRecord({"json": json.dumps(value)})})
+
+
+def _error(code: str, sentence: str) -> RecordDict:
+    return RecordDict({"error": ConfigRecord({"code": code, "sentence": sentence})})
+
+
+def _keep(text: str, folder: Path | None) -> None:
+    """Append to the site's own error log; without a folder the text goes nowhere, since it may quote private data."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "errors.log", "a") as file:
+            file.write(text + "\n")

@@ -1,0 +1,97 @@
+"""Distillation without a federation: one site, from Python or from the command line."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedistill.config import Config, make_config
+from fedistill.data.dataset import Dataset, Split
+from fedistill.data.public import known_modality
+from fedistill.errors import FedistillError
+from fedistill.site.job import Progress, advance, released_set
+from fedistill.synthetic.set import SyntheticSet
+
+
+def distill(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    class_names: Sequence[str] | None = None,
+    modality: str = "generic",
+    on_progress: Callable[[Progress], None] | None = None,
+    **settings: Any,
+) -> SyntheticSet:
+    """Distil labelled images into a few synthetic ones.
+
+    images: `(n, C, H, W)` or `(n, H, W)`, uint8, or floating point in 0..1. labels: `(n,)` whole numbers from 0.
+    settings: any configuration key, for example `ipc=10, method="datm", preset="quick", seed=0`.
+    Returns a `torch.utils.data.Dataset` of (normalised image, label distribution). Raises `FedistillError` on bad input.
+
+        synthetic = fedistill.distill(images, labels, ipc=10, preset="quick")
+        loader = torch.utils.data.DataLoader(synthetic, batch_size=32, shuffle=True)
+    """
+    config = make_config(settings).resolved()
+    data = from_tensors(images, labels, class_names=class_names, modality=modality)
+    with tempfile.TemporaryDirectory(prefix="fedistill-") as work:
+        return distill_site(config, data, "site", Path(work), on_progress=on_progress)
+
+
+def distill_site(
+    config: Config, data: Dataset, site: str, work: Path, *, on_progress: Callable[[Progress], None] | None = None
+) -> SyntheticSet:
+    """Run one site's job to its end, slice by slice; `work` makes it resumable."""
+    check_budget(config, data)
+    while True:
+        progress = advance(config, data, site, work, seconds=config.slice_seconds)
+        if on_progress:
+            on_progress(progress)
+        if progress.done:
+            return released_set(config, data, site, work)
+
+
+def check_budget(config: Config, data: Dataset) -> None:
+    """Raise `FedistillError` when the budget asks for more synthetic images than there are real ones."""
+    if config.ipc * data.classes > len(data.train):
+        raise FedistillError(
+            "budget",
+            f"ipc={config.ipc} asks for {config.ipc * data.classes} synthetic images, but {data.name} has only {len(data.train)} "
+            f"training images: use ipc={max(1, len(data.train) // data.classes // 2)} or less.",
+        )
+
+
+def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None, modality: str) -> Dataset:
+    """Tensors as a data set without validation and test. Raises `FedistillError` on shapes, values or labels that make no sense."""
+    if images.ndim == 3:
+        images = images[:, None]
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise FedistillError(
+            "bad-images", f"images has shape {tuple(images.shape)}: it must be (n, H, W) or (n, 1 or 3, H, W)."
+        )
+    if labels.shape != (len(images),) or labels.is_floating_point():
+        raise FedistillError(
+            "bad-labels", f"labels has shape {tuple(labels.shape)}: it must hold {len(images)} whole numbers."
+        )
+    if images.is_floating_point():
+        if not torch.isfinite(images).all() or images.min() < 0 or images.max() > 1:
+            raise FedistillError("bad-images", "images holds NaN or values outside 0..1: scale it to 0..1 first.")
+        images = (images * 255).round().to(torch.uint8)
+    elif images.dtype != torch.uint8:
+        raise FedistillError("bad-images", f"images is {images.dtype}: it must be uint8, or floating point in 0..1.")
+    labels = labels.to(torch.int64)
+    classes = len(class_names) if class_names is not None else int(labels.max()) + 1
+    if labels.min() < 0 or labels.max() >= classes:
+        raise FedistillError(
+            "bad-labels", f"labels run from {int(labels.min())} to {int(labels.max())}: valid are 0 to {classes - 1}."
+        )
+    if len(labels.unique()) < 2:
+        raise FedistillError("one-class", "All labels are the same: there is nothing to tell apart.")
+    names = tuple(class_names) if class_names is not None else tuple(f"class {c}" for c in range(classes))
+    train = Split(images.cpu(), labels.cpu(), torch.zeros(len(labels), dtype=torch.int64))
+    nothing = train.take(torch.empty(0, dtype=torch.int64))
+    return Dataset("tensors", known_modality(modality), names, ("site",), train, nothing, nothing)

@@ -1,0 +1,256 @@
+"""The command line: `fedistill simulate | distill | evaluate | methods | options`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedistill import __version__
+from fedistill.config import PRESETS, Config, make_config
+from fedistill.errors import FedistillError
+
+app = typer.Typer(
+    help="Hospitals send a lesson, not their images: federated multi-site dataset distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+screen = Console(stderr=True)  # progress and tables for people; stdout is for --json
+
+Data = Annotated[
+    str | None, typer.Option(help="phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest")
+]
+Ipc = Annotated[int | None, typer.Option(help="Synthetic images per class and site.")]
+Preset = Annotated[str | None, typer.Option(help="Amount of work: quick, standard or thorough.")]
+Method = Annotated[str | None, typer.Option(help="Distillation method; `fedistill methods` lists them.")]
+Init = Annotated[
+    str | None, typer.Option(help="Start of the synthetic images: noise, phantom, or real (shows real patients).")
+]
+Iterations = Annotated[int | None, typer.Option(help="Outer iterations of distillation.")]
+Experts = Annotated[int | None, typer.Option(help="Expert networks per site.")]
+Width = Annotated[int | None, typer.Option(help="Channels of the ConvNet: 32, 64 or 128.")]
+Seed = Annotated[int | None, typer.Option(help="Seed: the same seed gives the same result on the same machine.")]
+Work = Annotated[str | None, typer.Option(help="Folder of the sites' work; runs that share it share experts.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `fedistill options` lists them."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command()
+def simulate(
+    data: Data = None,
+    partition: Annotated[
+        str | None, typer.Option(help="site, iid, dirichlet, quantity or a .json file of indices.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Concentration of dirichlet and quantity.")] = None,
+    sites: Annotated[int | None, typer.Option(help="Number of sites.")] = None,
+    ipc: Ipc = None,
+    method: Method = None,
+    init: Init = None,
+    iterations: Iterations = None,
+    experts: Experts = None,
+    width: Width = None,
+    rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,
+    seed: Seed = None,
+    seeds: Annotated[int | None, typer.Option(help="Repeat with this many seeds and report deviations.")] = None,
+    preset: Preset = None,
+    work: Work = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the run; the same command continues there.")] = None,
+    settings: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate hospitals on this machine: distil at each, merge, train global models, compare, report."""
+    from fedistill.report.tables import arms_table, sites_table, verdict
+    from fedistill.simulation import simulate as run
+
+    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS}, out="runs/simulation")
+    summary = run(config, screen, command="fedistill " + " ".join(sys.argv[1:]))
+    if as_json:
+        print(json.dumps(summary, indent=1))
+        return
+    screen.print(sites_table(summary), arms_table(summary), sep="\n")
+    screen.print(verdict(summary), highlight=False)
+    screen.print(f"Report: {Path(config.out).resolve() / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def distill(
+    out: Annotated[str, typer.Option(help="Folder of the synthetic set.")],
+    data: Data = None,
+    ipc: Ipc = None,
+    method: Method = None,
+    init: Init = None,
+    iterations: Iterations = None,
+    experts: Experts = None,
+    width: Width = None,
+    seed: Seed = None,
+    preset: Preset = None,
+    work: Work = None,
+    settings: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Distil one data set into a synthetic set, without a federation."""
+    from fedistill.api import distill_site
+    from fedistill.data.sources import load_data
+    from fedistill.synthetic.store import save_set
+    from fedistill.wire import encode, size
+
+    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS}).resolved()
+    folder = Path(out)
+    if folder.exists():
+        raise FedistillError("exists", f"{folder} exists already: choose another --out, or remove it.")
+    loaded = load_data(config)
+    workplace = Path(config.work) if config.work else folder.with_name(f".{folder.name}.work")
+    with _bar() as bar:
+        made = distill_site(config, loaded, loaded.name, workplace, on_progress=bar)
+    save_set(made, folder)
+    if not config.work:
+        shutil.rmtree(workplace)
+    facts = {
+        "set": str(folder),
+        "images": len(made),
+        "bytes": size(*encode(made)),
+        "manifest": made.manifest[loaded.name],
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        screen.print(f"{len(made)} synthetic images in {folder} (contact-sheet.png shows them).", highlight=False)
+        screen.print(facts["manifest"]["privacy"]["statement"], highlight=False)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[str, typer.Argument(metavar="SET", help="Folder of a synthetic set.")],
+    data: Data = None,
+    preset: Preset = None,
+    width: Width = None,
+    seed: Seed = None,
+    settings: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train fresh networks on a synthetic set and test them, beside as many random real images."""
+    from fedistill.data.sources import load_data
+    from fedistill.evaluation.single import evaluate_set
+    from fedistill.report.tables import arms_table
+    from fedistill.synthetic.store import load_set
+
+    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS}).resolved()
+    made, loaded = load_set(folder), load_data(config)
+    with screen.status("Training global networks"):
+        result = evaluate_set(config, loaded, made)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        screen.print(arms_table(result))
+
+
+@app.command()
+def methods() -> None:
+    """List the distillation methods, a line and a source each."""
+    from fedistill.methods.registry import METHODS
+
+    table = Table("method", "what it does", "source", box=None)
+    for name, method in METHODS.items():
+        table.add_row(name, method.summary, method.source)
+    Console().print(table)
+
+
+@app.command()
+def options() -> None:
+    """List every setting that --set (and Flower's run configuration) takes, with its default."""
+    table = Table("setting", "default", "meaning", box=None)
+    for item in fields(Config):
+        filled = [f"{name} {values[item.name]}" for name, values in PRESETS.items() if item.name in values]
+        default = "by preset: " + ", ".join(filled) if filled else repr(item.default)
+        table.add_row(item.name, default, item.metadata["help"])
+    Console().print(table)
+
+
+_KEYS = {f.name for f in fields(Config)}
+
+
+def _config(settings: list[str] | None, given: dict[str, Any], *, out: str = "") -> Config:
+    """The configuration from options and --set pairs; an option that is given twice in both ways is an error."""
+    values = {k: v for k, v in given.items() if v is not None}
+    for pair in settings or []:
+        key, found, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not found:
+            raise FedistillError("bad-set-option", f"--set {pair} has no '=': write --set key=value.")
+        if key in values:
+            raise FedistillError(
+                "given-twice", f"{key} is given twice: keep one of --{key.replace('_', '-')} and --set {key}."
+            )
+        values[key] = value
+    config = make_config(values)
+    return config if config.out or not out else replace(config, out=out)
+
+
+class _bar:
+    """A progress bar for one site's job."""
+
+    def __enter__(self) -> _bar:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=screen, transient=True)
+        self._progress.start()
+        self._tasks: dict[str, Any] = {}
+        return self
+
+    def __call__(self, progress: Any) -> None:
+        phase = "distill" if progress.done else progress.phase
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(phase, total=progress.total, loss="")
+        loss = "" if progress.loss is None else f"loss {progress.loss:.3f}"
+        self._progress.update(self._tasks[phase], completed=progress.step, total=progress.total, loss=loss)
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence and exit code 2, an interruption is exit code 130."""
+    try:
+        app(standalone_mode=True)
+    except FedistillError as error:
+        screen.print(f"Error: {error.sentence}", style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        screen.print("Stopped. The same command continues from here.", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

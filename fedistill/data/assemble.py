@@ -1,0 +1,121 @@
+"""From labelled images, whatever their source, to a checked `Dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedistill.data.dataset import Dataset, Split
+from fedistill.errors import FedistillError
+
+SPLITS = ("train", "val", "test")
+_SHARES = {"train": 7, "val": 1, "test": 2}
+# The split of a data set is part of the data set: it must not move with the seed of a run.
+_SPLIT_SEED = 70_10_20
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split as arrays: images `(n, H, W, C)` uint8, labels `(n,)`, sites `(n,)` and, if known, the patient of each
+    image as an integer `(n,)`; images that share it are never put in different splits."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    site: np.ndarray
+    patient: np.ndarray | None = None
+
+    def take(self, index: np.ndarray) -> Part:
+        """The images at `index`, in that order."""
+        patient = None if self.patient is None else self.patient[index]
+        return Part(self.images[index], self.labels[index], self.site[index], patient)
+
+
+def assemble(
+    name: str,
+    modality: str,
+    class_names: Sequence[str],
+    site_names: Sequence[str],
+    parts: Mapping[str, Part],
+) -> Dataset:
+    """A checked data set. Splits that are missing are cut out of train, stratified by class.
+
+    `parts` holds train and, optionally, val and test. Raises `FedistillError` when there are fewer than two images,
+    fewer than two classes, a class without a training image, or too few images to cut the missing splits from.
+    """
+    total = sum(len(part.labels) for part in parts.values())
+    if total < 2:
+        raise FedistillError("too-few-images", f"{name} holds {total} image(s): at least two are needed.")
+    for key, part in parts.items():
+        if len(part.labels) == 0:
+            what = f"The {key} split of {name} is empty: add images, or leave it out to have it cut from train."
+            raise FedistillError("too-few-images", what)
+    present = {int(k) for part in parts.values() for k in np.unique(part.labels)}
+    if len(present) < 2:
+        only = class_names[present.pop()]
+        raise FedistillError(
+            "one-class", f"All images of {name} have the class '{only}': at least two classes are needed."
+        )
+    full = fill_splits(name, parts)
+    counts = np.bincount(full["train"].labels, minlength=len(class_names))
+    absent = [text for text, count in zip(class_names, counts, strict=True) if count == 0]
+    if absent:
+        raise FedistillError(
+            "class-without-images",
+            f"{name} has no training image of the class '{absent[0]}': add some, or take the class out.",
+        )
+    train, val, test = (_tensors(full[key]) for key in SPLITS)
+    return Dataset(name, modality, tuple(map(str, class_names)), tuple(map(str, site_names)), train, val, test)
+
+
+def fill_splits(name: str, parts: Mapping[str, Part]) -> dict[str, Part]:
+    """Train, val and test, the missing ones cut out of train so that all three stand as 70 : 10 : 20."""
+    missing = [key for key in SPLITS if key not in parts]
+    if not missing:
+        return dict(parts)
+    train = parts["train"]
+    index = _cut(train, {key: _SHARES[key] for key in ("train", *missing)})
+    for key, chosen in index.items():
+        if len(chosen) == 0:
+            raise FedistillError(
+                "too-few-images",
+                f"{name} has {len(train.labels)} training images, too few to set some aside for {key}: "
+                f"add images or give the splits yourself.",
+            )
+    return {**parts, **{key: train.take(chosen) for key, chosen in index.items()}}
+
+
+def _cut(part: Part, shares: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Positions of each new split: whole patients, class by class, each to the split that lacks most."""
+    n = len(part.labels)
+    patient = np.arange(n) if part.patient is None else part.patient
+    order = np.random.default_rng(_SPLIT_SEED).permutation(n)
+    groups: dict[int, list[int]] = {}
+    for i in order.tolist():
+        groups.setdefault(int(patient[i]), []).append(i)
+    classes = int(part.labels.max()) + 1
+    by_class: list[list[list[int]]] = [[] for _ in range(classes)]
+    for members in groups.values():
+        by_class[int(np.bincount(part.labels[members]).argmax())].append(members)
+
+    whole = sum(shares.values())
+    ties = [key for key in ("test", "val", "train") if key in shares]  # the larger lack wins, then this order
+    chosen: dict[str, list[int]] = {key: [] for key in shares}
+    for stack in by_class:
+        stack.sort(key=len, reverse=True)  # stable: equal sizes keep their random order
+        size = sum(map(len, stack))
+        lack = {key: shares[key] * size for key in ties}
+        for place, members in enumerate(stack):
+            # The first patient of a class always trains: without one the class cannot be learned.
+            key = "train" if place == 0 else max(ties, key=lambda k: lack[k])
+            lack[key] -= whole * len(members)
+            chosen[key].extend(members)
+    return {key: np.sort(np.array(index, dtype=np.int64)) for key, index in chosen.items()}
+
+
+def _tensors(part: Part) -> Split:
+    images = torch.from_numpy(np.ascontiguousarray(part.images)).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(part.labels.astype(np.int64))
+    return Split(images, labels, torch.from_numpy(part.site.astype(np.int64)))

@@ -1,0 +1,86 @@
+"""One way in: `load_data` turns the setting `data` into a `Dataset`, whatever kind of source it names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.data.folder import load_folder
+from fedistill.data.manifest import load_manifest
+from fedistill.data.medmnist_source import MEDMNIST, UNSUPPORTED, flag_of, load_medmnist
+from fedistill.data.npz import load_npz
+from fedistill.data.phantoms import phantom_data
+from fedistill.data.public import known_modality
+from fedistill.errors import FedistillError, unknown
+
+
+def load_data(config: Config) -> Dataset:
+    """The data set that `config.data` names, square, at `config.image_size` and under `config.modality`.
+
+    Raises `FedistillError` when there is no such source, when it cannot be read, and on an unknown modality.
+    """
+    if config.modality != "auto":
+        known_modality(config.modality)  # before the work of reading
+    data = _resized(_load(config), config.image_size)
+    _, height, width = data.geometry
+    if height != width:
+        raise FedistillError(
+            "not-square", f"The images of {data.name} have {width}x{height} pixels: set image_size to make them square."
+        )
+    return data if config.modality == "auto" else replace(data, modality=config.modality)
+
+
+def _load(config: Config) -> Dataset:
+    source = config.data.strip()
+    if source == "phantom":
+        return phantom_data(config)
+    if source in MEDMNIST or source in UNSUPPORTED:
+        return load_medmnist(source, config.image_size)
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        is_folder, is_file = path.is_dir() and source != "", path.is_file()
+    except (OSError, RuntimeError):  # a name too long for a file, an unknown ~user, a folder that may not be entered
+        is_folder = is_file = False
+    if is_folder:
+        return load_folder(path, config.image_size)
+    suffix = path.suffix.lower()
+    if is_file:
+        if suffix == ".npz":
+            flag = flag_of(path.stem)
+            about = MEDMNIST.get(flag)
+            return (
+                load_npz(path)
+                if about is None
+                else load_npz(path, modality=about.modality, class_names=about.class_names)
+            )
+        if suffix == ".csv":
+            return load_manifest(path, config.image_size)
+        raise FedistillError("bad-data", f"{path} is neither an .npz file, a .csv manifest nor an image folder.")
+    if suffix in (".npz", ".csv") or "/" in source or "\\" in source:
+        raise FedistillError("missing-file", f"data={source}: there is no file or folder {path.absolute()}.")
+    raise unknown("data source", source, ["phantom", *MEDMNIST])
+
+
+def _resized(data: Dataset, size: int) -> Dataset:
+    """Square images of `size` pixels per side; unchanged when `size` is 0."""
+    if size == 0 or data.geometry[1:] == (size, size):
+        return data
+    train, val, test = (replace(split, images=resize(split.images, size)) for split in data.splits.values())
+    return replace(data, train=train, val=val, test=test)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """`(n, C, H, W)` uint8 to `(n, C, size, size)` uint8, bilinear with antialiasing."""
+    out = torch.empty(len(images), images.shape[1], size, size, dtype=torch.uint8)
+    for start in range(0, len(images), 512):  # in pieces: floats take four times the memory
+        piece = images[start : start + 512].to(torch.float32)
+        small = F.interpolate(piece, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        out[start : start + 512] = small.round_().clamp_(0, 255).to(torch.uint8)
+    return out

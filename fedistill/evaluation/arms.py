@@ -1,0 +1,163 @@
+"""The arms of every report, all under one protocol (`evaluation.fit`): what the distilled union is compared with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset, Split
+from fedistill.data.partition import Partition
+from fedistill.errors import FedistillError, unknown
+from fedistill.evaluation.fit import LEARNING_RATES, Material, Result, of_split, predict, select_and_test
+from fedistill.evaluation.metrics import NAMES, confusion, mean_std
+from fedistill.experts.train import Task
+from fedistill.files import read_json, read_tensors, write_json, write_tensors
+from fedistill.models.flat import device_of
+from fedistill.models.nets import MODELS
+from fedistill.seeding import generator
+from fedistill.site.describe import task_of
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.wire import encode, size
+
+ARMS = ("distilled", "random_real", "local_only", "centralised")
+Notify = Callable[[str, int, int, str], None]  # (phase, step, total, message)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to train on; `local_only` has one per site, whose figures are averaged."""
+
+    name: str
+    materials: list[Material]
+    upload_bytes: int
+
+    @property
+    def images(self) -> float:
+        return sum(len(m.images) for m in self.materials) / len(self.materials)
+
+
+def architectures(config: Config) -> list[str]:
+    """The global models of a run, the headline first. Raises `FedistillError` on an unknown name."""
+    names = [name.strip() for name in config.eval_models.split(",") if name.strip()]
+    for name in names:
+        if name not in MODELS:
+            raise unknown("model", name, MODELS)
+    return names or ["convnet"]
+
+
+def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], seed: int) -> Split:
+    """Random real training images: as many per site and class as `counts` says the site released."""
+    chosen = []
+    for name, index in zip(part.names, part.index, strict=True):
+        local, rng = data.train.take(index["train"]), generator(seed, "random-real", name)
+        for c, n in enumerate(counts.get(name, [])):
+            of_class = torch.nonzero(local.labels == c).flatten()
+            chosen.append(index["train"][of_class[torch.randperm(len(of_class), generator=rng)[:n]]])
+    return data.train.take(torch.cat(chosen))
+
+
+def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSet) -> Iterator[Arm]:
+    """The four arms of one seed; sites that are not in the merged set are left out of "random real" and "local only" too."""
+    counts = {
+        name: torch.bincount(merged.hard_labels[merged.of_site(name)], minlength=data.classes).tolist()
+        for name in merged.sites
+    }
+    pixels = data.geometry[0] * data.geometry[1] * data.geometry[2]  # bytes of a real image
+    yield Arm("distilled", [Material(merged.images, merged.labels)], size(*encode(merged)))
+    random = random_real(data, part, counts, config.seed)
+    yield Arm("random_real", [of_split(random, data.classes)], len(random) * pixels)
+    local = [data.train.take(i["train"]) for name, i in zip(part.names, part.index, strict=True) if name in counts]
+    yield Arm("local_only", [of_split(split, data.classes) for split in local], 0)
+    yield Arm("centralised", [of_split(data.train, data.classes)], len(data.train) * pixels)
+
+
+def evaluate_arms(
+    config: Config, data: Dataset, part: Partition, merged: SyntheticSet, folder: Path, notify: Notify
+) -> dict[str, dict[str, Any]]:
+    """Figures of one seed: `{architecture: {arm: figures}}`. Every arm that is finished is kept in `folder` and not done again.
+
+    Two runs that share `folder` share the arms that do not depend on the synthetic set.
+    """
+    task, todo = task_of(data), list(all_arms(config, data, part, merged))
+    names = architectures(config)
+    jobs = [(model, arm) for model in names for arm in todo]
+    results: dict[str, dict[str, Any]] = {model: {} for model in names}
+    for step, (model, arm) in enumerate(jobs):
+        notify("evaluate", step, len(jobs), f"{arm.name} with {model}")
+        results[model][arm.name] = _evaluate(config, task, data, model, arm, folder)
+    notify("evaluate", len(jobs), len(jobs), "")
+    return results
+
+
+def _evaluate(config: Config, task: Task, data: Dataset, model: str, arm: Arm, folder: Path) -> dict[str, Any]:
+    path = folder / f"{arm.name}-{_key(config, model, arm.materials, data.fingerprint)}.json"
+    if path.exists():
+        return read_json(path)
+    runs = [select_and_test(config, task, model, material, data.val, data.test) for material in arm.materials]
+    figures = figures_of(runs) | {"images": arm.images, "upload_bytes": arm.upload_bytes}
+    if arm.name == "distilled":
+        write_tensors(folder / f"model-{_key(config, model, arm.materials)}.safetensors", {"theta": runs[0].thetas[0]})
+    write_json(path, figures)
+    return figures
+
+
+def global_models(config: Config, merged: SyntheticSet, folder: Path) -> dict[str, Tensor]:
+    """Parameters `(P,)` of the first network per architecture that `evaluate_arms` trained on the merged set."""
+    material = [Material(merged.images, merged.labels)]
+    return {
+        model: read_tensors(folder / f"model-{_key(config, model, material)}.safetensors")[0]["theta"]
+        for model in architectures(config)
+    }
+
+
+def confusion_at(config: Config, data: Dataset, model: str, theta: Tensor, split: str) -> Tensor:
+    """Counts `(K, K)` of a network's answers on one split: additive over sites, so federated evaluation needs no image.
+
+    Raises `FedistillError` on parameters that do not fit the network.
+    """
+    task, part, device = task_of(data), data.splits[split], device_of(config.device)
+    net = task.network(model, config)
+    if theta.shape != (net.size,) or not torch.isfinite(theta).all():
+        raise FedistillError("bad-model", f"The global model does not fit: {model} has {net.size} finite parameters.")
+    probabilities = predict(net, theta.to(device), part.images, task.modality)
+    return confusion(part.labels, probabilities.argmax(1), task.classes)
+
+
+def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
+    """The mean over sites of the mean over networks, with the deviation over networks of that mean over sites."""
+    nets = range(len(runs[0].scores))
+    figures: dict[str, Any] = {}
+    for name in NAMES:
+        over_sites = [mean_std([run.scores[n][name] for run in runs])["mean"] for n in nets]
+        figures[name] = mean_std(over_sites)
+    recalls = [score["per_class_recall"] for run in runs for score in run.scores]
+    figures["per_class_recall"] = [mean_std([r[c] for r in recalls])["mean"] for c in range(len(recalls[0]))]
+    figures["learning_rate"] = [run.learning_rate for run in runs]
+    figures["seconds"] = sum(run.seconds for run in runs)
+    return figures
+
+
+def _key(config: Config, model: str, materials: Sequence[Material], tested_on: str = "") -> str:
+    """Everything that an arm's figures depend on, so that a stored result is never taken for another."""
+    settings = (
+        config.eval_nets,
+        config.eval_steps,
+        config.eval_batch,
+        config.class_weights,
+        config.augment,
+        config.modality,
+    )
+    digest = hashlib.sha256(
+        repr((model, tested_on, config.seed, LEARNING_RATES, settings, config.width, config.depth)).encode()
+    )
+    for material in materials:
+        digest.update(material.images.numpy().tobytes())
+        digest.update(material.labels.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""The protocol that every arm shares: fresh networks, a learning rate chosen on validation, test looked at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Split
+from fedistill.data.public import normalise
+from fedistill.evaluation.metrics import score
+from fedistill.experts.train import Task, class_weights
+from fedistill.matching.student import soft_cross_entropy
+from fedistill.models.augment import augment, draw
+from fedistill.models.flat import Flat, device_of
+from fedistill.seeding import generator
+from fedistill.synthetic.set import one_hot
+
+LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a global network is trained on: images `(n, C, H, W)`, uint8 or already normalised float32, labels `(n, K)`."""
+
+    images: Tensor
+    labels: Tensor
+
+
+def of_split(split: Split, classes: int) -> Material:
+    return Material(split.images, one_hot(split.labels, classes))
+
+
+def fit(config: Config, task: Task, model: str, material: Material, *, lr: float, seed: int) -> Tensor:
+    """Parameters `(P,)` of a fresh network: SGD, momentum 0.9, weight decay 5e-4, rate x0.1 after half the steps, augmentation."""
+    net, operations, device = task.network(model, config), task.operations(config), device_of(config.device)
+    rng = generator(seed, "global", model)
+    theta = net.initial(rng).to(device)
+    velocity = torch.zeros_like(theta)
+    weights = class_weights(material.labels.argmax(1), task.classes).to(device)
+    batch = min(config.eval_batch, len(material.images))
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(config.eval_steps):
+        if len(order) < batch:
+            order = torch.randperm(len(material.images), generator=rng)
+        index, order = order[:batch], order[batch:]
+        x = augment(_batch(material.images[index], task.modality).to(device), draw(operations, rng))
+        y = material.labels[index].to(device)
+        if config.class_weights:
+            y = y * weights
+            y = y * (len(y) / y.sum())
+        theta.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(soft_cross_entropy(net(theta, x), y), theta)
+        theta = theta.detach()
+        velocity = 0.9 * velocity + gradient + 5e-4 * theta
+        theta = theta - (lr if step < config.eval_steps // 2 else 0.1 * lr) * velocity
+    return theta.cpu()
+
+
+def _batch(images: Tensor, modality: str) -> Tensor:
+    return normalise(images, modality) if images.dtype == torch.uint8 else images
+
+
+@torch.no_grad()
+def predict(net: Flat, theta: Tensor, images: Tensor, modality: str) -> Tensor:
+    """Class probabilities `(n, K)` of uint8 images."""
+    parts = [net(theta, _batch(part, modality).to(theta.device)).softmax(1).cpu() for part in images.split(256)]
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One arm with one architecture: test scores of each network, the learning rate chosen, and the work it took."""
+
+    scores: list[dict[str, Any]]
+    learning_rate: float
+    seconds: float
+    thetas: list[Tensor]
+
+
+def select_and_test(config: Config, task: Task, model: str, material: Material, val: Split, test: Split) -> Result:
+    """Choose the learning rate on `val` with one network each, train `eval_nets` networks with it, score them on `test`."""
+    began = time.monotonic()
+    net = task.network(model, config)
+    searched = _fit_all(config, task, model, material, [(lr, config.seed) for lr in LEARNING_RATES])
+    chosen = max(
+        range(len(LEARNING_RATES)),
+        key=lambda i: _merit(score(predict(net, searched[i], val.images, task.modality), val.labels)),
+    )
+    lr = LEARNING_RATES[chosen]
+    more = [(lr, config.seed + 1000 * n) for n in range(1, config.eval_nets)]
+    thetas = [searched[chosen], *_fit_all(config, task, model, material, more)]
+    scores = [score(predict(net, theta, test.images, task.modality), test.labels) for theta in thetas]
+    return Result(scores, lr, time.monotonic() - began, thetas)
+
+
+def _merit(scores: dict[str, Any]) -> tuple[float, float]:
+    return scores["balanced_accuracy"] or 0.0, scores["auc"] or 0.0
+
+
+def _fit_all(
+    config: Config, task: Task, model: str, material: Material, todo: Sequence[tuple[float, int]]
+) -> list[Tensor]:
+    images, labels = material.images.numpy(), material.labels.numpy()  # numpy: shared by memory map, not copied
+    jobs = (delayed(_fit_one)(config, task, model, images, labels, lr, seed) for lr, seed in todo)
+    return [torch.from_numpy(theta) for theta in Parallel(n_jobs=config.worker_count(), backend="loky")(jobs)]
+
+
+def _fit_one(
+    config: Config, task: Task, model: str, images: np.ndarray, labels: np.ndarray, lr: float, seed: int
+) -> np.ndarray:
+    torch.set_num_threads(1)
+    material = Material(torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels)))
+    return fit(config, task, model, material, lr=lr, seed=seed).numpy()

@@ -1,0 +1,53 @@
+"""One synthetic set against the data it was made from, without a federation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.errors import FedistillError
+from fedistill.evaluation.arms import architectures, figures_of
+from fedistill.evaluation.fit import Material, of_split, select_and_test
+from fedistill.seeding import generator
+from fedistill.site.describe import task_of
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.wire import encode, size
+
+
+def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict[str, Any]:
+    """Arms "distilled" and "random_real" (as many random real training images per class), in the layout of a run's summary.
+
+    Raises `FedistillError` when set and data differ in classes, geometry or modality.
+    """
+    for what in ("class_names", "geometry", "modality"):
+        if getattr(synthetic, what) != getattr(data, what):
+            raise FedistillError(
+                "unlike-data",
+                f"The set and {data.name} do not fit: {what} is {getattr(synthetic, what)} and {getattr(data, what)}.",
+            )
+    counts = torch.bincount(synthetic.hard_labels, minlength=data.classes).tolist()
+    rng, chosen = generator(config.seed, "random-real", "all"), []
+    for c, n in enumerate(counts):
+        of_class = torch.nonzero(data.train.labels == c).flatten()
+        chosen.append(of_class[torch.randperm(len(of_class), generator=rng)[:n]])
+    random = data.train.take(torch.cat(chosen))
+    materials = {
+        "distilled": (Material(synthetic.images, synthetic.labels), size(*encode(synthetic))),
+        "random_real": (of_split(random, data.classes), random.images.numel()),
+    }
+    model, task = architectures(config)[0], task_of(data)
+    arms = {
+        name: figures_of([select_and_test(config, task, model, material, data.val, data.test)])
+        | {"images": len(material.images), "upload_bytes": upload, "std_over": "networks"}
+        for name, (material, upload) in materials.items()
+    }
+    return {
+        "format": "fedistill-evaluation/1",
+        "config": config.to_dict(),
+        "seed": config.seed,
+        "seeds": [config.seed],
+        "arms": arms,
+    }

@@ -1,0 +1,106 @@
+"""Networks for experts, students and global models. All are free of batch statistics (Opacus accepts every layer)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedistill.errors import unknown
+
+
+class ConvNet(nn.Module):
+    """Blocks of 3x3 convolution, GroupNorm(C, C), ReLU and 2x2 average pooling, then one linear layer.
+
+    The classifier is sized by a dummy forward, so any image size works (28x28x3 included).
+    """
+
+    def __init__(self, channels: int, classes: int, size: tuple[int, int], *, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential()
+        for i in range(depth):
+            self.blocks.append(nn.Conv2d(channels if i == 0 else width, width, 3, padding=1))
+            self.blocks.append(nn.GroupNorm(width, width))
+            self.blocks.append(nn.ReLU())
+            self.blocks.append(nn.AvgPool2d(2))
+        with torch.no_grad():
+            features = self.blocks(torch.zeros(1, channels, *size)).numel()
+        self.classifier = nn.Linear(features, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.blocks(x).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
+class MLP(nn.Module):
+    """Two hidden layers: an architecture that shares nothing with a ConvNet."""
+
+    def __init__(self, channels: int, classes: int, size: tuple[int, int], *, hidden: int = 128) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels * size[0] * size[1], hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+        )
+        self.classifier = nn.Linear(hidden, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.hidden(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
+class _Residual(nn.Module):
+    def __init__(self, inside: int, outside: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(32, outside)
+        self.conv2 = nn.Conv2d(outside, outside, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(32, outside)
+        self.skip: nn.Module = nn.Identity()
+        if stride != 1 or inside != outside:
+            self.skip = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.GroupNorm(32, outside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.skip(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for small images (3x3 stem, no max-pooling) with GroupNorm(32, C)."""
+
+    def __init__(self, channels: int, classes: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU())
+        self.stages = nn.Sequential()
+        inside = 64
+        for outside, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+            self.stages.append(nn.Sequential(_Residual(inside, outside, stride), _Residual(outside, outside, 1)))
+            inside = outside
+        self.classifier = nn.Linear(512, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.stages(self.stem(x)).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x))
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet18": ResNet18}
+
+
+def build(name: str, geometry: tuple[int, int, int], classes: int, *, width: int = 32, depth: int = 3) -> nn.Module:
+    """A network for images of `geometry` (C, H, W). `width` and `depth` are the ConvNet's. Raises on an unknown name."""
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    channels, size = geometry[0], geometry[1:]
+    if name == "convnet":
+        return ConvNet(channels, classes, size, width=width, depth=depth)
+    return MODELS[name](channels, classes, size)

@@ -1,0 +1,161 @@
+"""`summary.json` and `report.html` of a run, from the files that its phases left in the run folder.
+
+The format of `summary.json` is stable ("fedistill-summary/1") and documented in docs/summary.md.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedistill.config import Config, make_config
+from fedistill.evaluation.metrics import NAMES, from_confusion, mean_std
+from fedistill.events import read_events
+from fedistill.files import read_json, write_bytes, write_json
+from fedistill.report.page import render_report
+from fedistill.site.job import versions
+from fedistill.synthetic.store import load_set
+
+FORMAT = "fedistill-summary/1"
+FLAGS = (
+    "data", "partition", "alpha", "sites", "ipc", "method", "init", "iterations", "experts", "width", "rounds", "seed", "seeds",
+    "preset", "out", "work",
+)  # fmt: skip
+Json = dict[str, Any]
+
+
+def write_summary(config: Config, run: Path) -> Json:
+    """Write `summary.json` and `report.html` of the run in folder `run`, and return the summary."""
+    folders = [run / f"seed-{seed}" for seed in range(config.seed, config.seed + config.seeds)]
+    summary = summarise(config, run, folders)
+    first = read_json(folders[0] / "sites.json")
+    last_round = folders[0] / f"round-{config.rounds}"
+    sets = {s.sites[0]: s for s in (load_set(path.parent) for path in sorted(last_round.glob("*/manifest.json")))}
+    curves = read_json(folders[0] / "curves.json") if (folders[0] / "curves.json").exists() else {}
+    page = render_report(summary, sets, {name: [(k, v) for k, v in curves.get(name, [])] for name in first})
+    write_json(run / "summary.json", summary)
+    write_bytes(run / "report.html", page.encode())
+    return summary
+
+
+def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
+    """The summary of the seeds in `folders`; deviations are over seeds, or over networks where there is one seed."""
+    sites = [read_json(folder / "sites.json") for folder in folders]
+    arms = [read_json(folder / "arms.json") for folder in folders if (folder / "arms.json").exists()]
+    about = next(iter(sites[0].values()))
+    class_names = about["class_names"]
+    headline = config.eval_models.split(",")[0].strip()
+    by_model = {model: _arms([a[model] for a in arms], class_names) for model in (arms[0] if arms else {})}
+    events, _ = read_events(run / "events.jsonl")
+    engine = read_json(run / "engine.json") if (run / "engine.json").exists() else {}
+    names = sorted({name for seed in sites for name in seed})
+    described = [_site(name, [seed[name] for seed in sites if name in seed], class_names) for name in names]
+    return {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "versions": versions() | _versions("flwr", "numpy", "medmnist"),
+        "seed": config.seed,
+        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "command": command_of(config),
+        "data": {
+            "name": Path(config.data).stem,
+            "modality": about["modality"],
+            "class_names": class_names,
+            "geometry": about["geometry"],
+            "partition": config.partition,
+            "train": sum(sum(a["counts"]) for a in sites[0].values()),
+            "fingerprints": {name: a["fingerprint"] for name, a in sites[0].items()},
+        },
+        "sites": described,
+        "arms": by_model.get(headline, {}),
+        "cross_architecture": {model: figures for model, figures in by_model.items() if model != headline},
+        "federated": _federated(folders, headline),
+        "peak_memory_bytes": engine.get("peak_memory_bytes"),
+        "seconds": engine.get("seconds") or (events[-1].t - events[0].t if events else None),
+        "notes": [
+            f"Site {s['name']} {'answered late' if s['status'] == 'late' else 'failed'} and is not in every merged set: {s['reason']}"
+            for s in described
+            if s["status"] != "ok"
+        ],
+    }
+
+
+def command_of(config: Config) -> str:
+    """The command that makes this run again: every setting that is not the default of its preset."""
+    plain = make_config({"preset": config.preset}).resolved().to_dict()
+    parts = ["fedistill", "simulate"]
+    for key, value in config.to_dict().items():
+        if value != plain[key] or key == "preset":
+            parts += [f"--{key.replace('_', '-')}", str(value)] if key in FLAGS else ["--set", f"{key}={value}"]
+    return shlex.join(parts)
+
+
+def _arms(seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
+    """Arm -> figures over seeds."""
+    result = {}
+    for arm in seeds[0]:
+        runs = [seed[arm] for seed in seeds]
+        figures: Json = {"std_over": "seeds" if len(runs) > 1 else "networks"}
+        for name in NAMES:
+            figures[name] = runs[0][name] if len(runs) == 1 else mean_std([r[name]["mean"] for r in runs])
+        figures["per_class_recall"] = {
+            name: mean_std([r["per_class_recall"][c] for r in runs]) for c, name in enumerate(class_names)
+        }
+        for name in ("images", "upload_bytes", "seconds"):
+            figures[name] = mean_std([r[name] for r in runs])["mean"]
+        figures["learning_rate"] = [rate for r in runs for rate in r["learning_rate"]]
+        result[arm] = figures
+    return result
+
+
+def _site(name: str, seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
+    """One site over seeds: means of its figures, and the worst of its ends."""
+    done = [s for s in seeds if s.get("status") == "ok"]
+    bad = [s for s in seeds if s.get("status") != "ok"]
+
+    def mean(key: str) -> float | None:
+        return mean_std([s.get(key) for s in done])["mean"]
+
+    phases = sorted({phase for s in done for phase in s["seconds"]})
+    return {
+        "name": name,
+        "status": bad[0].get("status", "failed") if bad else "ok",
+        "reason": bad[0].get("reason", "it gave no result") if bad else "",
+        "images": seeds[0]["counts"],
+        "phases": {phase: mean_std([s["seconds"].get(phase) for s in done])["mean"] for phase in phases},
+        "upload_bytes": mean("upload_bytes"),
+        "iterations": mean("iterations"),
+        "skipped_iterations": mean("skipped"),
+        "final_loss": mean("final_loss"),
+        "synthetic_images": mean("synthetic_images"),
+        "notes": list(dict.fromkeys(note for s in done for note in s["notes"])),
+    }
+
+
+def _federated(folders: Sequence[Path], headline: str) -> Json:
+    """How the global model does at each site, from the counts that the sites sent; they are summed over seeds."""
+    totals: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        if (folder / "federated.json").exists():
+            for site, answer in read_json(folder / "federated.json").items():
+                counts = torch.tensor(answer["models"][headline])
+                totals[site] = totals.get(site, torch.zeros_like(counts)) + counts
+    figures: Mapping[str, Json] = {
+        site: from_confusion(counts) | {"images": int(counts.sum()) // len(folders)} for site, counts in totals.items()
+    }
+    return {"distilled": figures} if figures else {}
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,242 @@
+"""The figures of a run (`summary.json`) in words and tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+ARM_NAMES = {
+    "distilled": "Distilled union",
+    "random_real": "Random real images",
+    "local_only": "Local only (mean of sites)",
+    "centralised": "All real images, centralised",
+}
+METRICS = {
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "macro_f1": "Macro-F1",
+    "auc": "AUC",
+}
+EQUAL_BUDGET = ("distilled", "random_real")
+MISSING = "n/a"
+BEST = "★"
+BEST_MEANS = f"{BEST} higher balanced accuracy of the two arms with the same budget of images"
+
+
+def arm_name(arm: str) -> str:
+    return ARM_NAMES.get(arm, plain(arm))
+
+
+def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(key, arm) of every arm: the known ones in the order of `ARM_NAMES`, then the others."""
+    for key in [*(k for k in ARM_NAMES if k in arms), *(k for k in arms if k not in ARM_NAMES)]:
+        yield key, arms[key] or {}
+
+
+def arms_table(summary: Mapping[str, Any]) -> Table:
+    """One row per arm: the four metrics as mean ± deviation, images and upload."""
+    table = Table(title="Global model on the pooled test images", caption=f"{deviation(summary)} {BEST_MEANS}.")
+    table.add_column("Arm", overflow="fold")
+    for title in _ARM_COLUMNS:
+        table.add_column(title, justify="right")
+    for name, *cells in _arm_rows(summary):
+        table.add_row(Text(name), *map(Text, cells))
+    return table
+
+
+def arms_markdown(summary: Mapping[str, Any]) -> str:
+    """The same rows as a GitHub table, with the meaning of ± below it."""
+    lines = [["Arm", *_ARM_COLUMNS], ["---"] + ["---:"] * len(_ARM_COLUMNS), *_arm_rows(summary)]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return f"{table}\n\n{deviation(summary)} {BEST_MEANS}.\n"
+
+
+def sites_table(summary: Mapping[str, Any]) -> Table:
+    """One row per site: how it ended, its images, seconds per phase and upload."""
+    table = Table(title="Sites")
+    table.add_column("Site", overflow="fold")
+    table.add_column("Status", overflow="fold")
+    for title in ("Images", "Synthetic", "Seconds", "Iterations", "Final loss", "Upload"):
+        table.add_column(title, justify="right")
+    for site in summary.get("sites") or []:
+        status = str(site.get("status", ""))
+        reason = f": {plain(str(site['reason']))}" if site.get("reason") else ""
+        table.add_row(
+            Text(plain(str(site.get("name", "")))),
+            Text(plain(status) + reason, style="green" if status == "ok" else "bold red"),
+            number(sum(site["images"]) if site.get("images") else None),
+            number(site.get("synthetic_images")),
+            Text("\n".join(f"{plain(str(p))} {number(s)}" for p, s in (site.get("phases") or {}).items()) or MISSING),
+            iterations(site),
+            score(site.get("final_loss")),
+            size(site.get("upload_bytes")),
+        )
+    return table
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """One or two plain sentences: did distillation beat real images of the same budget, and what does it cost?
+
+    A difference within `sqrt(s₁² + s₂²)`, with `s` the standard deviations of the two arms, is called a draw.
+    """
+    arms = summary.get("arms") or {}
+    rival = _compare(arms, "random_real")
+    if rival is None:
+        return (
+            "There is no verdict: balanced accuracy is not known for both the distilled union and random real images."
+        )
+    difference, noise = rival
+    points = f"{abs(difference):.1f} points"
+    budget = _budget(arms)
+    if noise is not None and abs(difference) <= noise:
+        first = (
+            f"On balanced accuracy the distilled union and random real images {budget} cannot be told apart: "
+            f"the difference of {difference:+.1f} points is within one standard deviation ({noise:.1f} points)."
+        )
+    elif difference > 0:
+        first = f"On balanced accuracy the distilled union beats random real images {budget} by {points}."
+    elif difference < 0:
+        first = (
+            f"On balanced accuracy the distilled union loses to random real images {budget} by {points}: "
+            "in this run distillation did not pay off."
+        )
+    else:
+        first = f"On balanced accuracy the distilled union is level with random real images {budget}."
+    others = [
+        _standing(arms, "centralised", "centralised training on all real images"),
+        _standing(arms, "local_only", "training at each site alone"),
+    ]
+    second = " and ".join(text for text in others if text)
+    doubt = "" if noise is not None else " The spread of these figures is not known, so chance is not ruled out."
+    return first + (f" The distilled union is {second}." if second else "") + doubt
+
+
+def deviation(summary: Mapping[str, Any]) -> str:
+    """What the figure after ± means in this run."""
+    over = {str(arm["std_over"]) for _, arm in arms_in_order(summary.get("arms") or {}) if arm.get("std_over")}
+    return f"± is the standard deviation over {' or '.join(sorted(map(plain, over))) or 'repetitions'}."
+
+
+def best_arm(summary: Mapping[str, Any]) -> str:
+    """The arm of equal budget with the higher balanced accuracy; "" for a tie or where one is unknown."""
+    compared = _compare(summary.get("arms") or {}, "random_real")
+    if compared is None or compared[0] == 0:
+        return ""
+    return EQUAL_BUDGET[0] if compared[0] > 0 else EQUAL_BUDGET[1]
+
+
+def mean_of(value: Any) -> float | None:
+    """The mean of `{"mean", "std"}`, or the number itself; None where it is unknown or not finite."""
+    found = value.get("mean") if isinstance(value, Mapping) else value
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        return None
+    return float(found)
+
+
+def std_of(value: Any) -> float | None:
+    return mean_of({"mean": value.get("std")}) if isinstance(value, Mapping) else None
+
+
+def score(value: Any) -> str:
+    """`.710 ± .020`; a number without deviation as `.710`."""
+    mean, std = mean_of(value), std_of(value)
+    if mean is None:
+        return MISSING
+    return _thousandths(mean) if std is None else f"{_thousandths(mean)} ± {_thousandths(std)}"
+
+
+def number(value: Any) -> str:
+    """A count or seconds, with at most one decimal (a mean over seeds need not be whole)."""
+    found = mean_of(value)
+    return MISSING if found is None else f"{found:,.1f}".removesuffix(".0")
+
+
+def size(value: Any) -> str:
+    """Bytes for people, in powers of 1000."""
+    left = mean_of(value)
+    if left is None:
+        return MISSING
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(left) < 999.5:
+            return f"{left:.3g} {unit}"
+        left /= 1000
+    return f"{left:,.3g} TB"
+
+
+def duration(value: Any) -> str:
+    """Seconds for people: `41 s`, `6 min 52 s`, `2 h 5 min`."""
+    found = mean_of(value)
+    if found is None:
+        return MISSING
+    if found < 10:
+        return f"{found:.1f} s"
+    minutes, seconds = divmod(round(found), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def iterations(site: Mapping[str, Any]) -> str:
+    if mean_of(site.get("iterations")) is None:
+        return MISSING
+    skipped = f" ({number(site['skipped_iterations'])} skipped)" if site.get("skipped_iterations") else ""
+    return number(site["iterations"]) + skipped
+
+
+def plain(text: str) -> str:
+    """`text` without control characters: a name that a site chose must not steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+_ARM_COLUMNS = [*METRICS.values(), "Images", "Upload"]
+
+
+def _arm_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
+    best = best_arm(summary)
+    for key, arm in arms_in_order(summary.get("arms") or {}):
+        name = arm_name(key) + (f" {BEST}" if key == best else "")
+        yield [name, *(score(arm.get(m)) for m in METRICS), number(arm.get("images")), size(arm.get("upload_bytes"))]
+
+
+def _compare(arms: Mapping[str, Any], other: str) -> tuple[float, float | None] | None:
+    """Distilled minus `other` on balanced accuracy, and the combined deviation, in points (hundredths).
+
+    A deviation of exactly 0 comes from a single measurement, so it counts as unknown.
+    """
+    ours, theirs = ((arms.get(k) or {}).get("balanced_accuracy") for k in ("distilled", other))
+    a, b = mean_of(ours), mean_of(theirs)
+    if a is None or b is None:
+        return None
+    spread = [std_of(ours), std_of(theirs)]
+    known = [s for s in spread if s is not None]
+    noise = math.hypot(*known) if len(known) == 2 else 0.0
+    return 100 * (a - b), 100 * noise or None
+
+
+def _budget(arms: Mapping[str, Any]) -> str:
+    ours, theirs = (mean_of((arms.get(k) or {}).get("images")) for k in EQUAL_BUDGET)
+    if ours is None or theirs is None or ours == theirs:
+        return "of the same budget"
+    return f"({number(ours)} against {number(theirs)} images)"
+
+
+def _standing(arms: Mapping[str, Any], other: str, name: str) -> str:
+    compared = _compare(arms, other)
+    if compared is None:
+        return ""
+    difference, noise = compared
+    if noise is not None and abs(difference) <= noise:
+        return f"within one standard deviation of {name} ({difference:+.1f} points)"
+    if round(difference, 1) == 0:
+        return f"level with {name}"
+    return f"{abs(difference):.1f} points {'above' if difference > 0 else 'below'} {name}"
+
+
+def _thousandths(value: float) -> str:
+    text = f"{value:.3f}"
+    return text[1:] if text.startswith("0") else text

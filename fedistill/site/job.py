@@ -1,0 +1,249 @@
+"""One site's work as a resumable job: experts, then distillation, in slices of a few seconds.
+
+Everything lives in the site's work folder, keyed by the site's data and the settings that matter, so a killed process loses
+at most one slice, and runs that differ only after the experts share them:
+
+    <work>/<site>/<data and expert settings>/            experts, facts.json
+    <work>/<site>/<data and expert settings>/<settings>/ state.safetensors, progress.json, round-<r>/ (the released set)
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+
+import fedistill
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.data.public import NORMALISATION, normalise
+from fedistill.experts.train import load_trajectory, train_experts
+from fedistill.files import read_json, write_json
+from fedistill.matching.distil import Bundle, Matching, State, distil, load_state, pool_of, prepare, save_state, start
+from fedistill.matching.overlap import overlap_limit
+from fedistill.models.flat import device_of
+from fedistill.site.describe import task_of
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.synthetic.store import load_set, save_set
+from fedistill.wire import quantise
+
+CURVE_EVERY = 10  # iterations per point of the loss curve
+PRIVACY = (
+    "No formal guarantee: the experts were trained without differential privacy, and a distilled set can reveal facts about the "
+    "images it was made from."
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a site is. `seconds` per phase; `curve` holds (iteration, matching loss) since the last slice."""
+
+    phase: str
+    step: int
+    total: int
+    loss: float | None = None
+    eta: float | None = None
+    seconds: dict[str, float] | None = None
+    iterations: int = 0
+    skipped: int = 0
+    notes: tuple[str, ...] = ()
+    curve: tuple[tuple[int, float], ...] = ()
+    done: bool = False
+
+
+def advance(
+    config: Config,
+    data: Dataset,
+    site: str,
+    work: Path,
+    *,
+    seconds: float,
+    round: int = 1,
+    context: SyntheticSet | None = None,
+) -> Progress:
+    """Work for about `seconds`, then say how far it got; "ready" when the set of this round can be released.
+
+    data: the site's own part. context: the merged set of the round before, of which the other sites' images are used.
+    Raises `FedistillError` where data or settings make the work impossible.
+    """
+    folders = _Folders.of(config, data, site, work)
+    if (folders.release(round) / "manifest.json").exists():
+        return Progress(**_tupled(read_json(folders.progress)))
+    began, until = time.monotonic(), time.monotonic() + seconds
+    spent = read_json(folders.seconds) if folders.seconds.exists() else {}
+    if not folders.facts.exists():
+        done, total = train_experts(config, task_of(data), data.train, folders.experts, site=site, until=until)
+        if done == total:
+            write_json(folders.facts, _facts(config, data, folders.experts))
+        _spend(folders, spent, "experts", began)
+        if done < total or time.monotonic() >= until:
+            eta = spent["experts"] * (total - done) / max(done, 1)
+            return Progress("experts", done, total, eta=eta, seconds=spent)
+        began = time.monotonic()
+    return _distil_slice(config, data, site, folders, spent, round, context, began, until)
+
+
+def _distil_slice(
+    config: Config,
+    data: Dataset,
+    site: str,
+    folders: _Folders,
+    spent: dict[str, float],
+    round: int,
+    context: SyntheticSet | None,
+    began: float,
+    until: float,
+) -> Progress:
+    bundle = load_bundle(config, data, folders.experts)
+    real = None
+    if config.init == "real":
+        present = [c for c, n in enumerate(bundle.counts) if n]
+        real = pool_of(data.train.images, data.train.labels, data.modality, present)
+    others = None
+    if context is not None and set(context.sites) - {site}:
+        pick = context.site != (context.sites.index(site) if site in context.sites else -1)
+        device = device_of(config.device)
+        others = (context.images[pick].to(device), context.labels[pick].to(device))
+    matching = prepare(config, bundle, real=real, context=others)
+    state = load_state(folders.state, device_of(config.device)) if folders.state.exists() else start(matching, site)
+    before, total = state.iteration, config.iterations * round
+    distil(matching, state, iterations=total, until=until)
+    save_state(state, folders.state)
+    _spend(folders, spent, f"distill-{folders.name}", began)
+    ready = state.iteration >= total
+    distilling = spent[f"distill-{folders.name}"]
+    progress = Progress(
+        phase="ready" if ready else "distill",
+        step=state.iteration,
+        total=total,
+        loss=_mean(state.losses[-CURVE_EVERY:]),
+        eta=distilling * (total - state.iteration) / max(state.iteration, 1),
+        seconds={"experts": spent.get("experts", 0.0), "distill": distilling},
+        iterations=state.iteration,
+        skipped=state.skipped,
+        notes=bundle.notes(config.ipc),
+        curve=_curve(state.losses, before),
+        done=ready,
+    )
+    if ready:
+        write_json(folders.progress, progress.__dict__)
+        save_set(quantise(_as_set(config, data, site, matching, state)), folders.release(round))
+    return progress
+
+
+def released_set(config: Config, data: Dataset, site: str, work: Path, *, round: int = 1) -> SyntheticSet:
+    """The set of a round that `advance` reported ready, exactly as it travels."""
+    return load_set(_Folders.of(config, data, site, work).release(round))
+
+
+def load_bundle(config: Config, data: Dataset, experts: Path) -> Bundle:
+    """What the distiller is given. Of `data` only the public task is used: see `facts.json` for all that experts left behind."""
+    facts = read_json(experts / "facts.json")
+    return Bundle(
+        task=task_of(data),
+        trajectories=tuple(load_trajectory(experts, e) for e in range(config.experts)),
+        counts=tuple(facts["counts"]),
+        overlap_limits=tuple(tuple(row) for row in facts["overlap_limits"]),
+    )
+
+
+def _facts(config: Config, data: Dataset, experts: Path) -> dict[str, Any]:
+    """All that matching may know about the images besides the experts: class counts and limits of overlap."""
+    task, device = task_of(data), device_of(config.device)
+    net = task.network(config.model, config)
+    paths = [load_trajectory(experts, e).to(device) for e in range(min(3, config.experts))]
+    limits = []
+    for stage in range(5):
+        thetas = [p[stage * (len(p) - 1) // 4] for p in paths]
+        row = []
+        for c in range(task.classes):
+            images = data.train.images[data.train.labels == c][:32]
+            row.append(overlap_limit(net, thetas, normalise(images, data.modality).to(device)) if len(images) else 2.0)
+        limits.append(row)
+    return {"counts": data.train.counts(task.classes), "overlap_limits": limits}
+
+
+def _as_set(config: Config, data: Dataset, site: str, matching: Matching, state: State) -> SyntheticSet:
+    mean, std = NORMALISATION[data.modality]
+    about = {
+        "method": config.method,
+        "init": config.init,
+        "configuration": config.key("data", "experts", "distill"),
+        "iterations": state.iteration,
+        "skipped": state.skipped,
+        "replaced_for_overlap": state.replaced,
+        "versions": versions(),
+        "privacy": {"epsilon": None, "delta": None, "statement": PRIVACY},
+    }
+    return SyntheticSet(
+        images=state.images.cpu(),
+        labels=state.labels(matching.method).cpu(),
+        site=torch.zeros(len(state.images), dtype=torch.int64),
+        sites=(site,),
+        class_names=data.class_names,
+        mean=mean,
+        std=std,
+        modality=data.modality,
+        step_size=(float(state.step_size),),
+        manifest={site: about},
+    )
+
+
+def versions() -> dict[str, str]:
+    return {"fedistill": fedistill.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class _Folders:
+    experts: Path
+    name: str
+
+    @staticmethod
+    def of(config: Config, data: Dataset, site: str, work: Path) -> _Folders:
+        experts = work / f"site-{quote(site, safe='')}" / f"{data.fingerprint}-{config.key('data', 'experts')}"
+        return _Folders(experts, config.key("distill"))
+
+    @property
+    def facts(self) -> Path:
+        return self.experts / "facts.json"
+
+    @property
+    def seconds(self) -> Path:
+        return self.experts / "seconds.json"
+
+    @property
+    def state(self) -> Path:
+        return self.experts / self.name / "state.safetensors"
+
+    @property
+    def progress(self) -> Path:
+        return self.experts / self.name / "progress.json"
+
+    def release(self, round: int) -> Path:
+        return self.experts / self.name / f"round-{round}"
+
+
+def _spend(folders: _Folders, spent: dict[str, float], phase: str, began: float) -> None:
+    spent[phase] = spent.get(phase, 0.0) + time.monotonic() - began
+    write_json(folders.seconds, spent)
+
+
+def _curve(losses: list[float], before: int) -> tuple[tuple[int, float], ...]:
+    blocks = range(before // CURVE_EVERY * CURVE_EVERY, len(losses) - CURVE_EVERY + 1, CURVE_EVERY)
+    points = ((i + CURVE_EVERY, _mean(losses[i : i + CURVE_EVERY])) for i in blocks)
+    return tuple((k, value) for k, value in points if value is not None)
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _tupled(stored: dict[str, Any]) -> dict[str, Any]:
+    return stored | {"notes": tuple(stored["notes"]), "curve": tuple((int(k), float(v)) for k, v in stored["curve"])}

@@ -1,0 +1,49 @@
+"""What the server asks of every set before it is merged. Sets come from outside: nothing about them is taken on trust."""
+
+from __future__ import annotations
+
+import torch
+
+from fedistill.data.public import NORMALISATION
+from fedistill.errors import FedistillError
+from fedistill.experts.train import Task
+from fedistill.synthetic.set import SyntheticSet
+
+LARGEST = 100.0  # in units of the public standard deviation; distilled pixels stay far below
+
+
+def check_set(candidate: SyntheticSet, *, site: str, task: Task, ipc: int, counts: list[int]) -> None:
+    """Raise `FedistillError` ("refused-set") unless `candidate` is what site `site` was asked for.
+
+    counts: the images per class that the site declared; it may teach only classes that it has.
+    """
+
+    def refuse(why: str) -> FedistillError:
+        return FedistillError("refused-set", f"The set of site '{site}' is refused: {why}.")
+
+    if candidate.sites != (site,):
+        raise refuse(f"it says that it comes from {', '.join(map(repr, candidate.sites))}")
+    if candidate.class_names != task.class_names:
+        raise refuse(f"its classes are {', '.join(candidate.class_names)}, not {', '.join(task.class_names)}")
+    if candidate.geometry != task.geometry:
+        raise refuse(f"its images are {candidate.geometry}, not {task.geometry} (channels, height, width)")
+    if candidate.modality != task.modality or (candidate.mean, candidate.std) != NORMALISATION[task.modality]:
+        raise refuse("its images are normalised with other constants")
+    if not torch.isfinite(candidate.images).all() or candidate.images.abs().max() > LARGEST:
+        raise refuse(f"it has pixels that are not finite or beyond {LARGEST:g} standard deviations")
+    labels = candidate.labels
+    if labels.shape != (len(candidate), task.classes) or not torch.isfinite(labels).all():
+        raise refuse("its labels are not one finite distribution per image")
+    if (labels < 0).any() or ((labels.sum(1) - 1).abs() > 0.01).any():
+        raise refuse("a label is not a distribution over the classes")
+    if len(candidate) > sum(min(ipc, n) for n in counts):
+        raise refuse(f"it has {len(candidate)} images, more than its budget of {sum(min(ipc, n) for n in counts)}")
+    absent = [
+        name
+        for name, n, used in zip(task.class_names, counts, labels.amax(0).tolist(), strict=True)
+        if n == 0 and used == 1.0
+    ]
+    if absent:
+        raise refuse(f"it teaches {', '.join(absent)}, which the site declared not to have")
+    if not all(0 < s <= 1 for s in candidate.step_size):
+        raise refuse("its step size is not between 0 and 1")

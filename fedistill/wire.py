@@ -1,0 +1,216 @@
+"""A synthetic set as plain arrays and one JSON text: what travels between a site and the server, and lies on disk.
+
+    pixels  (m, C, H, W) uint8      x̂ = low + (high - low) q / 255, per image
+    range   (m, 2)       float32    low and high of each image
+    labels  (m,)         uint8      class index where every label is one-hot and K <= 256, else
+            (m, K)       float16    the distributions
+    site    (m,)         uint16     position in `sites`
+
+Each image keeps its extremes exactly (q = 0 and q = 255 are attained), so a decoded set encodes to the same numbers
+again: a site evaluates and releases `quantise(set)`, and every later copy is bit-equal to it. Nothing here can
+execute: the arrays are numbers and the text is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedistill.errors import FedistillError
+from fedistill.synthetic.set import SyntheticSet
+
+FORMAT = "fedistill-set/1"
+MAX_IMAGES = 1_000_000
+MAX_VALUES = 2**28  # decoded pixels of one set: 1 GiB of float32
+MAX_TEXT = 2**22
+FLAT = 2.0**-12  # a range below this share of the largest value is rounding: the image is stored as one value
+
+Arrays = dict[str, NDArray[Any]]
+
+_META: dict[str, type | tuple[type, ...]] = {
+    "format": str,
+    "sites": list,
+    "class_names": list,
+    "mean": (int, float),
+    "std": (int, float),
+    "modality": str,
+    "step_size": list,
+    "manifest": dict,
+}
+
+
+def encode(synthetic: SyntheticSet) -> tuple[Arrays, str]:
+    """The arrays and the JSON text of a set.
+
+    Raises `FedistillError` ("bad-set") on pixels or labels that are not finite, and on a manifest that is not JSON.
+    """
+    images = synthetic.images.detach().cpu().numpy().astype(np.float32)
+    labels = synthetic.labels.detach().cpu().numpy().astype(np.float32)
+    if len(images) == 0 or not (np.isfinite(images).all() and np.isfinite(labels).all()):
+        _refuse("it has no images, or values that are not finite")
+    low, high = _extremes(images)
+    span = np.where(high > low, high.astype(np.float64) - low, 1.0)
+    shape = (-1, 1, 1, 1)
+    scaled = (images - low.astype(np.float64).reshape(shape)) / span.reshape(shape)
+    pixels = np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+    pixels[high <= low] = 0  # what is left of a flat image is rounding
+    arrays: Arrays = {
+        "pixels": pixels,
+        "range": np.stack([low, high], 1),
+        "labels": _encode_labels(labels),
+        "site": synthetic.site.cpu().numpy().astype(np.uint16),
+    }
+    meta = {
+        "format": FORMAT,
+        "sites": list(synthetic.sites),
+        "class_names": list(synthetic.class_names),
+        "mean": float(synthetic.mean),
+        "std": float(synthetic.std),
+        "modality": synthetic.modality,
+        "step_size": [float(s) for s in synthetic.step_size],
+        "manifest": synthetic.manifest,
+    }
+    try:
+        return arrays, json.dumps(meta, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError):
+        _refuse("its manifest is not plain JSON")
+
+
+def decode(
+    arrays: Mapping[str, NDArray[Any]],
+    text: str,
+    *,
+    max_images: int = MAX_IMAGES,
+    geometry: tuple[int, int, int] | None = None,
+) -> SyntheticSet:
+    """The set that `encode` packed; everything is checked before memory is taken for it.
+
+    geometry: (channels, height, width) that the images must have; None: any of at most `MAX_VALUES` values in all.
+    Raises `FedistillError` ("bad-set") on input that `encode` cannot have written.
+    """
+    meta = _meta(text)
+    classes, sites = len(meta["class_names"]), len(meta["sites"])
+    if set(arrays) != {"pixels", "range", "labels", "site"}:
+        _refuse("its arrays are not pixels, range, labels and site")
+    pixels, span, labels, site = (np.asarray(arrays[k]) for k in ("pixels", "range", "labels", "site"))
+    m = len(pixels) if pixels.ndim == 4 else 0
+    if pixels.dtype != np.uint8 or not 0 < m <= max_images or 0 in pixels.shape or pixels.size > MAX_VALUES:
+        _refuse(f"its pixels are not 1 to {max_images} images of 8 bits")
+    if geometry is not None and pixels.shape[1:] != tuple(geometry):
+        _refuse(f"its images are {'x'.join(map(str, pixels.shape[1:]))}, not {'x'.join(map(str, geometry))}")
+    if span.dtype != np.float32 or span.shape != (m, 2) or not np.isfinite(span).all():
+        _refuse("the ranges of its pixels are not two finite numbers per image")
+    if (span[:, 0] > span[:, 1]).any():
+        _refuse("an image's lowest value is above its highest")
+    if site.dtype != np.uint16 or site.shape != (m,) or int(site.max()) >= sites:
+        _refuse("an image belongs to a site that is not listed")
+    decoded = _decode_labels(labels, m, classes)
+    step_size = tuple(float(s) for s in meta["step_size"])
+    return SyntheticSet(
+        images=torch.from_numpy(_decode_pixels(pixels, span)),
+        labels=torch.from_numpy(decoded),
+        site=torch.from_numpy(site.astype(np.int64)),
+        sites=tuple(meta["sites"]),
+        class_names=tuple(meta["class_names"]),
+        mean=float(meta["mean"]),
+        std=float(meta["std"]),
+        modality=meta["modality"],
+        step_size=step_size,
+        manifest=meta["manifest"],
+    )
+
+
+def quantise(synthetic: SyntheticSet) -> SyntheticSet:
+    """The set as its receiver will see it: applying this twice changes nothing more."""
+    arrays, text = encode(synthetic)
+    return decode(arrays, text)
+
+
+def size(arrays: Mapping[str, NDArray[Any]], text: str) -> int:
+    """Bytes that travel."""
+    return sum(a.nbytes for a in arrays.values()) + len(text.encode())
+
+
+def _extremes(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Lowest and highest value of each image, without signed zeros; equal where the image is flat but for rounding."""
+    low = images.min(axis=(1, 2, 3)) + np.float32(0)
+    high = images.max(axis=(1, 2, 3)) + np.float32(0)
+    magnitude = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+    flat = high.astype(np.float64) - low <= np.maximum(FLAT * magnitude, np.finfo(np.float32).tiny)
+    return low, np.where(flat, low, high)
+
+
+def _decode_pixels(pixels: NDArray[np.uint8], span: NDArray[np.float32]) -> NDArray[np.float32]:
+    images = np.empty(pixels.shape, np.float32)
+    levels = np.arange(256) / 255
+    for image, q, (low, high) in zip(images, pixels, span.astype(np.float64), strict=True):
+        # 256 values per image: the ends are exact, and memory for float64 is never taken
+        table = np.clip(low * (1 - levels) + high * levels, low, high).astype(np.float32) + np.float32(0)
+        image[...] = table[q]
+    return images
+
+
+def _encode_labels(labels: NDArray[np.float32]) -> NDArray[Any]:
+    half = labels.astype(np.float16) + np.float16(0)
+    one_hot = (half.max(1) == 1) & (np.count_nonzero(half, axis=1) == 1)
+    if labels.shape[1] <= 256 and one_hot.all():
+        return half.argmax(1).astype(np.uint8)
+    return half
+
+
+def _decode_labels(labels: NDArray[Any], m: int, classes: int) -> NDArray[np.float32]:
+    if labels.dtype == np.uint8 and labels.shape == (m,) and int(labels.max()) < classes:
+        hard = np.zeros((m, classes), np.float32)
+        hard[np.arange(m), labels] = 1
+        return hard
+    if labels.dtype != np.float16 or labels.shape != (m, classes):
+        _refuse("its labels are neither class indices nor one distribution per image")
+    soft = labels.astype(np.float32) + np.float32(0)
+    if not np.isfinite(soft).all() or (soft < 0).any() or (np.abs(soft.sum(1) - 1) > 0.01).any():
+        _refuse("a label is not a distribution over the classes")
+    return soft
+
+
+def _meta(text: str) -> dict[str, Any]:
+    if not isinstance(text, str) or len(text) > MAX_TEXT:
+        _refuse("its description is missing or too long")
+    try:
+        meta = json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        text.encode()
+        json.dumps(meta, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):  # a lone surrogate is a ValueError too
+        _refuse("its description is not JSON")
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        _refuse(f"its format is not {FORMAT}: the site and the server must run the same version of fedistill")
+    if set(meta) != set(_META) or not all(isinstance(meta[k], kind) for k, kind in _META.items()):
+        _refuse("its description lacks a field, or has one of another type")
+    for name in ("sites", "class_names"):
+        if not meta[name] or not all(isinstance(x, str) for x in meta[name]) or len(set(meta[name])) < len(meta[name]):
+            _refuse(f"its {name.replace('_', ' ')} are not different words")
+    numbers = [meta["mean"], meta["std"], *meta["step_size"]]
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e30 for x in numbers):
+        _refuse("its mean, std or step sizes are not numbers")
+    if meta["std"] <= 0 or len(meta["step_size"]) != len(meta["sites"]):
+        _refuse("its std is not positive, or there is not one step size per site")
+    return meta
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not math.isfinite(number):
+        raise ValueError(literal)
+    return number
+
+
+def _not_json(literal: str) -> NoReturn:
+    raise ValueError(literal)
+
+
+def _refuse(why: str) -> NoReturn:
+    raise FedistillError("bad-set", f"The synthetic set cannot be read: {why}.")

@@ -1,0 +1,247 @@
+"""What the server asks of the sites in one seed: descriptions, synthetic sets, and the judgement of global models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from flwr.app import RecordDict
+from flwr.serverapp import Grid
+
+from fedistill.config import Config
+from fedistill.data.public import known_modality
+from fedistill.errors import FedistillError
+from fedistill.evaluation.arms import global_models
+from fedistill.events import EventLog
+from fedistill.experts.train import Task
+from fedistill.files import read_json, write_json
+from fedistill.synthetic.check import check_set
+from fedistill.synthetic.merge import merge
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.synthetic.store import load_set, save_set
+from server.collect import Failure, Receive, converse, job, slice_job, wait_for_nodes, with_arrays
+from server.replies import read_confusions, read_description, read_progress, read_reply, read_set
+
+WAIT_SECONDS = 300.0  # for sites to connect
+DESCRIBE_SECONDS = 900.0  # for a connected site to say what it holds
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a run: its configuration, its folder, and the way to the sites."""
+
+    grid: Grid
+    config: Config
+    folder: Path
+    events: EventLog
+
+    def note(self, site: str, phase: str, status: str, **more: Any) -> None:
+        self.events.add(self.config.seed, site, phase, status, **more)
+
+    @contextmanager
+    def stage(self, phase: str) -> Iterator[None]:
+        """The server's own lines in the event log."""
+        self.note("", phase, "start")
+        try:
+            yield
+        except FedistillError as error:
+            self.note("", phase, "failed", message=error.sentence)
+            raise
+        self.note("", phase, "done")
+
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """Site name -> what it said of itself, its status, and the figures of its work."""
+        return self._read("sites.json")
+
+    def record(self, name: str, **facts: Any) -> None:
+        """Add to what is known of a site."""
+        sites = self.sites()
+        self._write("sites.json", sites, {name: sites.get(name, {}) | facts})
+
+    def curve(self, site: str, points: list[list[float]]) -> None:
+        """Add losses to a site's curve; a slice that was worked twice replaces its own points."""
+        if points:
+            curves = self._read("curves.json")
+            known = dict(map(tuple, [*curves.get(site, []), *points]))
+            self._write("curves.json", curves, {site: [[k, known[k]] for k in sorted(known)]})
+
+    def set_folder(self, round: int, site: str) -> Path:
+        return self.folder / f"round-{round}" / quote(site, safe=" ")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        return dict(read_json(self.folder / name)) if (self.folder / name).exists() else {}
+
+    def _write(self, name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+        write_json(self.folder / name, {**old, **new})
+
+
+def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tuple[dict[int, str], int]:
+    """Wait for `expected` nodes and ask what they hold: the site at each node, and how many must finish.
+
+    simulated: the names that the sites of a simulation must have.
+    Raises `FedistillError` if too few answer, if two say that they are the same site, or if one is a stranger.
+    """
+    nodes = wait_for_nodes(run.grid, expected, run.config.quorum or -(-expected // 2), WAIT_SECONDS)
+    if simulated and len(nodes) != expected:
+        raise FedistillError(
+            "wrong-nodes", f"The data have {expected} sites, the federation {len(nodes)} SuperNodes: make them equal."
+        )
+    said: dict[int, dict[str, Any]] = {}
+
+    def receive(node: int, content: RecordDict) -> None:
+        said[node] = read_description(read_reply(content))
+
+    first = dict.fromkeys(nodes, job(run.config))
+    failures = _ask(run, "query.describe", first, receive, {}, min(DESCRIBE_SECONDS, run.config.deadline))
+    names = {node: about["site"] for node, about in said.items()}
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise FedistillError("same-site", f"Two sites say that they are '{twice[0]}': each needs a name of its own.")
+    if simulated and not set(names.values()) <= set(simulated):
+        raise FedistillError(
+            "wrong-nodes",
+            f"The sites of the data are {', '.join(simulated)}, but the SuperNodes are "
+            f"{', '.join(sorted(names.values()))}: set server_data to none for sites with data of their own.",
+        )
+    needed = run.config.quorum or -(-len(nodes) // 2)
+    if len(names) < needed:
+        raise _below(needed, len(names), [("a site", f.reason) for f in failures.values()])
+    for about in said.values():
+        run.record(about["site"], **about)
+        run.note(about["site"], "describe", "done", message=f"{sum(about['counts'])} training images")
+    return names, needed
+
+
+def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
+    """The task that all sites share. Raises `FedistillError` naming a site that differs, or a class that nobody has."""
+    for what in ("class_names", "geometry", "modality"):
+        common = Counter(str(about[what]) for about in sites.values()).most_common(1)[0][0]
+        for name, about in sites.items():
+            if str(about[what]) != common:
+                raise FedistillError(
+                    "sites-differ",
+                    f"Site '{name}' differs in {what.replace('_', ' ')}: {about[what]} and not {common}.",
+                )
+    about = next(iter(sites.values()))
+    totals = [sum(counts) for counts in zip(*(a["counts"] for a in sites.values()), strict=True)]
+    absent = [name for name, total in zip(about["class_names"], totals, strict=True) if total == 0]
+    if absent:
+        raise FedistillError("absent-class", f"No site has a training image of class {', '.join(absent)}.")
+    channels, height, width = about["geometry"]
+    return Task((channels, height, width), tuple(about["class_names"]), known_modality(about["modality"]))
+
+
+def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int) -> SyntheticSet:
+    """Every round of distillation: the merged set of the last. A site that fails later keeps its last set in it.
+
+    Raises `FedistillError` ("quorum") if fewer than `needed` sites finish a round.
+    """
+    sets: dict[str, SyntheticSet] = {}
+    for round in range(1, run.config.rounds + 1):
+        content = slice_job(run.config, round, merge(list(sets.values())) if sets else None)
+        there = {site: run.set_folder(round, site) for site in run.sites()}
+        finished = {site: load_set(folder) for site, folder in there.items() if folder.exists()}
+        first = {node: content for node, site in nodes.items() if site not in finished}
+        failures = _distil(run, nodes, first, round, task, finished)
+        sets.update(finished)
+        if len(finished) < needed:
+            raise _below(needed, len(finished), [(nodes[node], f.reason) for node, f in failures.items()])
+    return merge(list(sets.values()))
+
+
+def _distil(
+    run: Run,
+    nodes: Mapping[int, str],
+    first: Mapping[int, RecordDict],
+    round: int,
+    task: Task,
+    finished: dict[str, SyntheticSet],
+) -> dict[int, Failure]:
+    """One round: slices until every site is ready; adds the sets to `finished` and to the run folder."""
+    phases = dict.fromkeys((nodes[node] for node in first), "experts")
+    counts = {name: about["counts"] for name, about in run.sites().items()}
+    for site in phases:
+        run.note(site, "experts", "start")
+
+    def receive(node: int, content: RecordDict) -> RecordDict | None:
+        site, value = nodes[node], read_reply(content)
+        now = read_progress(value)
+        ready, phase = now["phase"] == "ready", "experts" if now["phase"] == "experts" else "distill"
+        if phase != phases[site]:
+            run.note(site, phases[site], "done")
+            run.note(site, phase, "start")
+            phases[site] = phase
+        run.note(site, phase, "done" if ready else "progress", **{k: now[k] for k in ("step", "total", "loss", "eta")})
+        run.curve(site, now["curve"])
+        if not ready:
+            return first[node]
+        made, sent = read_set(content, max_images=run.config.ipc * task.classes, geometry=task.geometry)
+        check_set(made, site=site, task=task, ipc=run.config.ipc, counts=counts[site])
+        save_set(made, run.set_folder(round, site))
+        finished[site] = made
+        figures = {k: now[k] for k in ("seconds", "iterations", "skipped", "notes")}
+        before = run.sites()[site].get("upload_bytes", 0) if round > 1 else 0
+        figures |= {"final_loss": now["loss"], "upload_bytes": before + sent, "synthetic_images": len(made)}
+        run.record(site, status="ok", reason="", **figures)
+        run.note(site, "collect", "done", message=f"{len(made)} images, {sent / 1000:.0f} kB")
+        return None
+
+    failures = _ask(run, "train.distill", first, receive, nodes, run.config.deadline, phases)
+    for node, failure in failures.items():
+        run.record(nodes[node], status=failure.status, reason=failure.reason)
+    return failures
+
+
+def evaluate_at_sites(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Any]:
+    """Site -> counts (rows: truth) of the global models on its test images; sites that do not answer are left out."""
+    models = global_models(run.config, merged, run.folder)
+    headline = run.config.eval_models.split(",")[0].strip()
+    results: dict[str, Any] = {}
+
+    def receive(node: int, content: RecordDict) -> None:
+        tables = read_confusions(read_reply(content), set(models), task.classes)
+        results[nodes[node]] = {"confusion": tables[headline], "models": tables}
+
+    arrays = {name: theta.detach().cpu().numpy() for name, theta in models.items()}
+    content = with_arrays(job(run.config, split="test"), "models", arrays)
+    _ask(run, "evaluate.models", dict.fromkeys(nodes, content), receive, nodes, run.config.deadline)
+    return results
+
+
+def _ask(
+    run: Run,
+    kind: str,
+    first: Mapping[int, RecordDict],
+    receive: Receive,
+    nodes: Mapping[int, str],
+    deadline: float,
+    phases: Mapping[str, str] | None = None,
+) -> dict[int, Failure]:
+    """A conversation with every node in `first`, whose crashes and failures go to the event log."""
+    other = {"query.describe": "describe", "evaluate.models": "evaluate"}.get(kind, "collect")
+
+    def tell(node: int, status: str, message: str) -> None:
+        site = nodes.get(node, "")
+        phase = phases[site] if phases is not None else other
+        # a node that never said its name has no line of its own: the server's goes on
+        run.note(site, phase, status if site else "note", message=message if site else f"a site: {message}")
+
+    failures = converse(
+        run.grid, kind, first, receive, lambda node, why: tell(node, "note", f"{why}; asking again"), deadline=deadline
+    )
+    for node, failure in failures.items():
+        tell(node, failure.status, failure.reason)
+    return failures
+
+
+def _below(needed: int, finished: int, failures: list[tuple[str, str]]) -> FedistillError:
+    sites: dict[str, list[str]] = {}
+    for site, reason in sorted(failures):
+        sites.setdefault(reason.rstrip("."), []).append(site)
+    why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in sites.items())
+    return FedistillError("quorum", f"{finished} sites finished and {needed} are needed. {why}.")

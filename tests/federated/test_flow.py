@@ -1,0 +1,230 @@
+"""The whole server flow with the real client app, over an in-process grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from localgrid import LocalGrid
+
+from client.app import app as client_app
+from fedistill.config import Config
+from fedistill.errors import FedistillError
+from fedistill.events import read_events
+from fedistill.experts.train import Task
+from fedistill.files import read_json
+from fedistill.synthetic.store import load_set
+from server import app as server_app
+from server import collect, stages
+
+TINY = Config(
+    partition="iid", sites=3, phantom_images=90, phantom_classes=2, phantom_size=16, width=8, depth=2, experts=1,
+    expert_steps=60, ipc=1, segment=2, iterations=4, syn_steps=2, eval_nets=1, eval_steps=5, eval_models="mlp",
+    slice_seconds=0.5, deadline=60.0,
+).resolved()  # fmt: skip
+NODES: list[dict[str, Any]] = [{"partition-id": i} for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(collect, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(stages, "WAIT_SECONDS", 0.5)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(
+    out: Path,
+    break_with: Callable[[str, int, int], float | None] = lambda kind, node, before: None,
+    nodes: list[dict[str, Any]] = NODES,
+    **changes: Any,
+) -> LocalGrid:
+    grid = LocalGrid(client_app, nodes, break_with)
+    config = dataclasses.replace(TINY, out=str(out), **changes)
+    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
+    server_app.main(grid, context)
+    return grid
+
+
+def events(out: Path, **fields: Any) -> list[Any]:
+    found, _ = read_events(out / "events.jsonl")
+    return [e for e in found if all(getattr(e, k) == v for k, v in fields.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(out)
+    return out
+
+
+def test_happy_path_leaves_everything_in_the_run_folder(finished: Path) -> None:
+    seed = finished / "seed-0"
+    merged = load_set(seed / "merged")
+    assert merged.sites == ("site-1", "site-2", "site-3")
+    assert len(merged) == 6
+    sites = read_json(seed / "sites.json")
+    assert {s["status"] for s in sites.values()} == {"ok"}
+    assert all(s["upload_bytes"] > 0 and s["iterations"] == 4 and s["synthetic_images"] == 2 for s in sites.values())
+    counts = read_json(seed / "federated.json")["site-2"]["confusion"]
+    assert sum(map(sum, counts)) > 0
+    assert set(read_json(seed / "arms.json")["mlp"]) == {"distilled", "random_real", "local_only", "centralised"}
+    assert read_json(finished / "summary.json")["sites"][0]["name"] == "site-1"
+    assert (finished / "report.html").exists()
+
+
+def test_events_tell_the_story_of_a_site(finished: Path) -> None:
+    story = [(e.phase, e.status) for e in events(finished, site="site-1") if e.status != "progress"]
+    assert story == [
+        ("describe", "done"), ("experts", "start"), ("experts", "done"), ("distill", "start"), ("distill", "done"),
+        ("collect", "done"),
+    ]  # fmt: skip
+    own = [(e.phase, e.status) for e in events(finished, site="") if e.status == "done"]
+    assert own == [("describe", "done"), ("collect", "done"), ("evaluate", "done"), ("report", "done")]
+
+
+def test_merged_set_is_what_the_sites_released(finished: Path) -> None:
+    merged = load_set(finished / "seed-0" / "merged")
+    for site in merged.sites:
+        own = load_set(finished / "seed-0" / "round-1" / site)
+        assert torch.equal(merged.images[merged.of_site(site)], own.images)
+
+
+def test_finished_seed_asks_nothing_and_new_seeds_run(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert run(out).sent == []
+    assert run(out, seeds=2).count("query.describe") == 3
+    assert (out / "seed-1" / "federated.json").exists()
+
+
+def test_resume_asks_only_for_what_is_missing(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for name in ("merged", "round-1/site-2"):
+        shutil.rmtree(out / "seed-0" / name)
+    (out / "seed-0" / "federated.json").unlink()
+    grid = run(out, work=str(out / "work"))
+    assert [grid.count("train.distill", i) for i in range(3)] == [0, 1, 0]
+    assert len(load_set(out / "seed-0" / "merged").sites) == 3
+
+
+def test_other_settings_are_refused(finished: Path) -> None:
+    with pytest.raises(FedistillError, match="ipc was 1 and is now 2"):
+        run(finished, ipc=2)
+
+
+def test_a_failing_site_is_left_out_and_its_reason_is_safe(tmp_path: Path) -> None:
+    grid = run(tmp_path / "run", lambda kind, node, before: 2 if kind == "train.distill" and node == 1 else None)
+    assert load_set(tmp_path / "run/seed-0/merged").sites == ("site-1", "site-3")
+    failed = read_json(tmp_path / "run/seed-0/sites.json")["site-2"]
+    assert (failed["status"], failed["reason"]) == ("failed", collect.BROKEN[2])
+    assert "4711" not in "".join(p.read_text() for p in (tmp_path / "run").glob("*.json*"))
+    assert grid.count("train.distill", 1) == 1
+
+
+def test_below_quorum_is_an_error_that_names_the_reasons(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match=r"2 sites finished and 3 are needed\. site-2: its client app") as caught:
+        run(tmp_path / "run", lambda kind, node, before: 2 if (kind, node) == ("train.distill", 1) else None, quorum=3)
+    assert caught.value.code == "quorum"
+    assert read_json(tmp_path / "run/error.json") == {"code": "quorum", "sentence": caught.value.sentence}
+    assert events(tmp_path / "run", site="", phase="collect", status="failed")[0].message == caught.value.sentence
+
+
+def test_a_crashed_site_is_asked_again(tmp_path: Path) -> None:
+    grid = run(
+        tmp_path / "run", lambda kind, node, before: 5 if (kind, node, before) == ("train.distill", 1, 0) else None
+    )
+    assert len(load_set(tmp_path / "run/seed-0/merged").sites) == 3
+    assert grid.count("train.distill", 1) >= 2
+    assert events(tmp_path / "run", site="site-2", status="note")[0].message == "it is not connected; asking again"
+
+
+def test_a_site_that_keeps_crashing_fails(tmp_path: Path) -> None:
+    run(tmp_path / "run", lambda kind, node, before: 8 if (kind, node) == ("train.distill", 1) else None)
+    assert read_json(tmp_path / "run/seed-0/sites.json")["site-2"]["reason"] == "its client process died (3 times)"
+
+
+def test_a_late_site_is_left_out(tmp_path: Path) -> None:
+    def slow(kind: str, node: int, before: int) -> float | None:
+        return 0.99 if (kind, node) == ("train.distill", 2) else None
+
+    run(tmp_path / "warm")  # experts and sets are ready: only the slow site takes time
+    run(tmp_path / "run", slow, work=str(tmp_path / "warm/work"), deadline=0.8)
+    late = read_json(tmp_path / "run/seed-0/sites.json")["site-3"]
+    assert (late["status"], late["reason"]) == ("late", "no answer within 1 s")
+    assert load_set(tmp_path / "run/seed-0/merged").sites == ("site-1", "site-2")
+
+
+def test_later_rounds_build_on_the_merged_set(tmp_path: Path) -> None:
+    run(tmp_path / "run", rounds=2)
+    seed = tmp_path / "run/seed-0"
+    assert sorted(p.name for p in (seed / "round-2").iterdir()) == ["site-1", "site-2", "site-3"]
+    assert read_json(seed / "sites.json")["site-1"]["iterations"] == 8
+
+
+def deployed(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
+    return [{"site": n, "data": "phantom", "work-dir": str(tmp_path / f"disk-{i}")} for i, n in enumerate(names)]
+
+
+def test_deployed_sites_keep_their_work_on_their_own_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Task((1, 16, 16), ("a", "b"), "phantom").network("mlp", TINY).size
+    nodes = deployed(tmp_path, ["north", "south"])
+    monkeypatch.setattr(stages, "global_models", lambda config, merged, folder: {"mlp": torch.zeros(size)})
+    run(tmp_path / "run", nodes=nodes, sites=2, server_data="none")
+    assert load_set(tmp_path / "run/seed-0/merged").sites == ("north", "south")
+    assert list((tmp_path / "disk-0").rglob("facts.json"))
+    assert not (tmp_path / "run/work").exists()
+
+
+def test_two_sites_with_one_name(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match="Two sites say that they are 'north'"):
+        run(tmp_path / "run", nodes=deployed(tmp_path, ["north", "north"]), sites=2, server_data="none")
+
+
+def test_strangers_in_a_simulation(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match="site-1, site-2, but the SuperNodes are north, site-2"):
+        run(tmp_path / "run", nodes=deployed(tmp_path, ["north", "site-2"]), sites=2)
+
+
+def test_wrong_number_of_supernodes(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match="3 sites, the federation 4 SuperNodes"):
+        run(tmp_path / "run", nodes=[{"partition-id": i} for i in range(4)])
+    with pytest.raises(FedistillError, match="1 of 3 sites connected"):
+        run(tmp_path / "run2", nodes=NODES[:1])
+
+
+def test_unexpected_errors_stay_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("patient 4711")
+
+    monkeypatch.setattr("client.app.advance", broken)
+    with pytest.raises(FedistillError, match=r"see errors\.log in the work folder of the site"):
+        run(tmp_path / "run")
+    assert "patient 4711" in (tmp_path / "run/work/errors.log").read_text()
+    (tmp_path / "run/work/errors.log").unlink()
+    assert all(b"4711" not in p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+
+
+def test_sites_that_differ_are_named() -> None:
+    about = {"class_names": ["a", "b"], "geometry": [1, 8, 8], "modality": "xray", "counts": [1, 0]}
+    with pytest.raises(FedistillError, match="Site 'west' differs in modality: ct and not xray"):
+        stages.agree({"north": about, "south": about, "west": about | {"modality": "ct"}})
+    with pytest.raises(FedistillError, match="No site has a training image of class b"):
+        stages.agree({"north": about})
+    assert stages.agree({"n": about, "s": about | {"counts": [0, 1]}}).geometry == (1, 8, 8)
+
+
+def test_events_are_json_lines(finished: Path) -> None:
+    for line in (finished / "events.jsonl").read_text().splitlines():
+        assert set(json.loads(line)) == {
+            "t", "seed", "site", "phase", "status", "step", "total", "loss", "eta", "message",
+        }  # fmt: skip

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedistill.errors import FedistillError
+from fedistill.models.augment import OPERATIONS, Draw, augment, draw, parse_operations
+from fedistill.models.flat import Flat, device_of
+from fedistill.models.nets import MODELS, build
+from fedistill.seeding import generator
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 28), (3, 32), (3, 64)])
+def test_every_model_takes_every_geometry(name: str, channels: int, size: int) -> None:
+    net = Flat(build(name, (channels, size, size), 5, width=8, depth=3))
+    theta = net.initial(generator(0))
+    x = torch.randn((2, channels, size, size), generator=generator(1))
+    assert net(theta, x).shape == (2, 5)
+    assert net.features(theta, x).shape[0] == 2
+
+
+def test_unknown_model() -> None:
+    with pytest.raises(FedistillError, match="did you mean 'convnet'"):
+        build("convnets", (1, 28, 28), 2)
+
+
+def test_flat_network_equals_its_module() -> None:
+    module = build("convnet", (3, 28, 28), 4, width=8)
+    theta = torch.cat([p.detach().flatten() for p in module.parameters()])
+    x = torch.randn((3, 3, 28, 28))
+    assert torch.equal(Flat(module)(theta, x), module(x))
+
+
+def test_initial_parameters_have_pytorch_ranges_and_follow_the_generator() -> None:
+    module = build("convnet", (3, 28, 28), 4, width=16)
+    net = Flat(module)
+    theta = net.initial(generator(0, "init"))
+    assert torch.equal(theta, net.initial(generator(0, "init")))
+    assert not torch.equal(theta, net.initial(generator(1, "init")))
+    offset = 0
+    for name, p in module.named_parameters():
+        mine, theirs = theta[offset : offset + p.numel()], p.detach().flatten()
+        offset += p.numel()
+        if theirs.std() == 0:  # a normalisation layer
+            assert torch.equal(mine, theirs), name
+        else:
+            assert mine.abs().max() == pytest.approx(float(theirs.abs().max()), rel=0.4), name
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmentations_are_siamese_differentiable_and_keep_the_shape(name: str, channels: int) -> None:
+    x = torch.randn((2, channels, 6, 6), generator=generator(0), dtype=torch.float64).requires_grad_(True)
+    for u in ((0.1, 0.9), (0.7, 0.3), (0.999, 0.0)):
+        op = Draw(name, u if name != "none" else ())
+        y = augment(x, op)
+        assert y.shape == x.shape
+        for i in range(2):  # the same parameters for every image of the batch
+            assert torch.allclose(y[i : i + 1], augment(x[i : i + 1], op))
+        assert torch.autograd.gradcheck(lambda t, op=op: augment(t, op), (x,))
+
+
+def test_draws_follow_the_generator_and_the_whitelist() -> None:
+    names = ("scale", "crop", "brightness")
+    one, two = ([draw(names, rng) for _ in range(50)] for rng in (generator(0), generator(0)))
+    assert one == two
+    assert {op.name for op in one} == set(names)
+    assert draw((), generator(0)) == Draw("none")
+
+
+def test_operations_of_a_list() -> None:
+    assert parse_operations("crop, flip") == ("crop", "flip")
+    assert parse_operations("none") == ()
+    with pytest.raises(FedistillError, match="did you mean 'rotate'"):
+        parse_operations("rotat")
+
+
+def test_missing_device_is_one_sentence() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(FedistillError, match="device=cuda is not available"):
+        device_of("cuda")
