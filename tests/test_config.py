@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from fedistill.config import PRESETS, TYPES, Config, make_config
+from fedistill.errors import FedistillError
+
+
+def test_strings_and_typed_values_mean_the_same() -> None:
+    typed = make_config({"ipc": 3, "alpha": 1, "class_weights": False, "data": "x.npz"})
+    text = make_config({"ipc": "3", "alpha": "1", "class-weights": "no", "data": "x.npz"})
+    assert typed == text
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"iteration": 3}, "Unknown option 'iteration': did you mean 'iterations'"),
+        ({"ipc": "ten"}, "ipc=ten is not a whole number"),
+        ({"ipc": 1.5}, "ipc=1.5 is not a whole number"),
+        ({"ipc": True}, "ipc=True is not a whole number"),
+        ({"ipc": 0}, "ipc=0 is too small: it must be at least 1"),
+        ({"alpha": "nan"}, "alpha=nan is not a finite number"),
+        ({"class_weights": "maybe"}, "class_weights=maybe is not true or false"),
+        ({"init": "nois"}, "Unknown value of init 'nois': did you mean 'noise'"),
+        ({"preset": "fast"}, "Unknown preset 'fast'"),
+        ({"data": 3}, "data=3 is not text"),
+    ],
+)
+def test_bad_values_are_one_sentence(values: dict, sentence: str) -> None:
+    with pytest.raises(FedistillError, match=sentence):
+        make_config(values)
+
+
+def test_presets_fill_only_what_was_left_open() -> None:
+    config = make_config({"preset": "quick", "iterations": 7}).resolved()
+    assert config.iterations == 7
+    assert config.experts == PRESETS["quick"]["experts"]
+    assert all(getattr(config, key) > 0 for key in PRESETS["quick"])
+    assert all(set(p) == set(PRESETS["quick"]) for p in PRESETS.values())
+
+
+def test_a_resolved_configuration_survives_a_round_trip() -> None:
+    config = make_config({"preset": "quick", "partition": "dirichlet"}).resolved()
+    assert make_config(config.to_dict()) == config
+    assert config.resolved() == config
+
+
+def test_every_key_is_documented_and_has_a_type_that_flower_can_carry() -> None:
+    for item in fields(Config):
+        assert item.metadata["help"]
+        assert item.metadata["scope"] in ("data", "experts", "distill", "eval", "run")
+        assert TYPES[item.name] in (int, float, bool, str)
+
+
+def test_keys_of_work_follow_what_matters() -> None:
+    config = make_config({})
+    assert config.key("data", "experts") == make_config({"ipc": 5, "deadline": 3.0}).key("data", "experts")
+    assert config.key("data", "experts") != make_config({"width": 64}).key("data", "experts")
+    assert config.key("distill") != make_config({"ipc": 5}).key("distill")
