@@ -62,14 +62,23 @@ def absolute(config: Config) -> Config:
 def check(config: Config) -> None:
     """Load and divide the data as every process of the run will. Raises `FedistillError` on anything that is wrong."""
     # torch takes a second to import: only when a run really starts
+    from fedistill.api import check_budget
     from fedistill.data.partition import partition
     from fedistill.data.sources import load_data
     from fedistill.evaluation.arms import architectures
+    from fedistill.matching.distil import check_segment
     from fedistill.methods.registry import method_of
+    from fedistill.models.flat import device_of
+    from fedistill.site.describe import task_of
 
     method_of(config)
     architectures(config)
-    partition(load_data(config), config)
+    device_of(config.device)
+    check_segment(config)
+    data = load_data(config)
+    task_of(data).operations(config)
+    check_budget(config, data)
+    partition(data, config)
 
 
 def _finished(out: Path, config: Config) -> bool:

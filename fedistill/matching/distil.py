@@ -133,12 +133,8 @@ def prepare(
     context: tuple[Tensor, Tensor] | None = None,
 ) -> Matching:
     """Check that the configuration fits the experts. Raises `FedistillError` where it does not."""
+    check_segment(config)
     device, checkpoints = device_of(config.device), len(bundle.trajectories[0])
-    if config.segment >= checkpoints:
-        raise FedistillError(
-            "segment-too-long",
-            f"segment={config.segment} needs more checkpoints than an expert has ({checkpoints}): raise expert_steps or lower segment.",
-        )
     end = round(config.window_share() * (checkpoints - 1 - config.segment))
     return Matching(
         config=config,
@@ -151,6 +147,16 @@ def prepare(
         real=real,
         context=context,
     )
+
+
+def check_segment(config: Config) -> None:
+    """Raise `FedistillError` when an expert has no room for one segment."""
+    if config.segment > config.expert_steps // config.checkpoint_every:
+        raise FedistillError(
+            "segment-too-long",
+            f"segment={config.segment} needs more checkpoints than an expert has "
+            f"({config.expert_steps // config.checkpoint_every + 1}): raise expert_steps or lower segment.",
+        )
 
 
 def start(matching: Matching, site: str) -> State:

@@ -1,0 +1,136 @@
+"""The command line: a user's mistake is one sentence and exit code 2, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedistill import cli, load_set
+
+TINY = ["--experts", "2", "--width", "4", "--iterations", "4", "--ipc", "2", "--preset", "quick"] + [
+    part
+    for pair in (
+        "expert_steps=30", "checkpoint_every=5", "syn_steps=3", "segment=2", "workers=1", "phantom_images=90", "phantom_size=16",
+        "phantom_classes=3", "eval_steps=5", "eval_nets=1", "eval_models=convnet", "image_lr=5", "skip_above=1000",
+    )
+    for part in ("--set", pair)
+]  # fmt: skip
+
+
+def run(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["fedistill", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, " ".join(err.split())
+
+
+@pytest.fixture
+def fedistill(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: run(*map(str, arguments), monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["simulate", "--iteratons", "5"], "'--iteratons'. (Did you mean"),
+        (["simulate", "--set", "iteratons=5"], "Unknown option 'iteratons': did you mean 'iterations'?"),
+        (["simulate", "--set", "iterations"], "--set iterations has no '='"),
+        (["simulate", "--ipc", "3", "--set", "ipc=4"], "ipc is given twice"),
+        (["simulate", "--ipc", "many"], "'many' is not a valid int"),
+        (["simulate", "--ipc", "0"], "ipc=0 is too small"),
+        (["simulate", "--method", "dtam"], "Unknown method 'dtam': did you mean 'datm'?"),
+        (["simulate", "--init", "nois"], "did you mean 'noise'"),
+        (["simulate", "--preset", "quik"], "did you mean 'quick'"),
+        (["simulate", "--partition", "dirichlt"], "did you mean 'dirichlet'"),
+        (["simulate", "--set", "eval_models=convnet,mpl"], "did you mean 'mlp'"),
+        (["simulate", "--set", "augment=flip,rotat"], "did you mean 'rotate'"),
+        (["simulate", "--set", "device=cuda"], "device=cuda is not available"),
+        (["simulate", "--data", "nowhere.npz"], "nowhere.npz"),
+        (["simulate", "--data", "pneumoniamnst"], "did you mean 'pneumoniamnist'"),
+        (["simulate", "--data", "phantom", "--ipc", "500"], "ipc=500 asks for 2000 synthetic images"),
+        (["simulate", "--set", "segment=500"], "segment=500 needs more checkpoints"),
+        (["evaluate", "nowhere"], "holds no synthetic set"),
+        (["simulat"], "No such command 'simulat'"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(fedistill, tmp_path, monkeypatch, arguments, sentence) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = fedistill(*arguments)
+    assert code == 2
+    assert sentence in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list(tmp_path.rglob("config.json"))  # no run was begun
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(fedistill, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("irreplaceable")
+    code, _, err = fedistill("simulate", "--data", "phantom", "--out", tmp_path / "run")
+    assert code == 2
+    assert "neither empty nor a run" in err
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_distill_then_evaluate(fedistill, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    code, text, err = fedistill("distill", "--data", "phantom", "--out", out, "--json", *TINY)
+    assert code == 0, err
+    facts = json.loads(text)
+    made = load_set(out)
+    assert facts["images"] == len(made) == 6
+    assert facts["manifest"]["privacy"]["statement"].startswith("No formal guarantee")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]  # the work folder is gone
+
+    code, _, err = fedistill("distill", "--data", "phantom", "--out", out, *TINY)
+    assert code == 2
+    assert "exists already" in err
+
+    settings = TINY[TINY.index("--set") :]
+    code, text, err = fedistill("evaluate", out, "--data", "phantom", "--width", "4", "--json", *settings)
+    assert code == 0, err
+    arms = json.loads(text)["arms"]
+    assert set(arms) == {"distilled", "random_real"}
+    assert arms["distilled"]["images"] == arms["random_real"]["images"] == 6
+    assert 0 <= arms["distilled"]["balanced_accuracy"]["mean"] <= 1
+
+    code, _, err = fedistill("evaluate", out, "--data", "phantom", "--width", "4", *settings)
+    assert code == 0
+    assert "Distilled" in err
+
+
+def test_evaluate_refuses_data_that_do_not_fit(fedistill, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    assert fedistill("distill", "--data", "phantom", "--out", out, *TINY)[0] == 0
+    code, _, err = fedistill("evaluate", out, "--data", "phantom", "--set", "phantom_classes=4")
+    assert code == 2
+    assert "do not fit: class_names" in err
+
+
+def test_distill_takes_an_npz_file(fedistill, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 40), ("val", 10), ("test", 10)):
+        labels = np.arange(n) % 2
+        arrays[f"{split}_images"] = (rng.integers(0, 120, (n, 16, 16)) + 100 * labels[:, None, None]).astype(np.uint8)
+        arrays[f"{split}_labels"] = labels[:, None]
+    np.savez(tmp_path / "scans.npz", **arrays)
+    code, _, err = fedistill("distill", "--data", tmp_path / "scans.npz", "--out", tmp_path / "set", *TINY)
+    assert code == 0, err
+    assert load_set(tmp_path / "set").sites == ("scans",)
+
+
+def test_lists(fedistill) -> None:
+    code, out, _ = fedistill("methods")
+    assert code == 0
+    assert all(name in out for name in ("mtt", "datm", "ptm", "prune", "arXiv 2403.13469"))
+    code, out, _ = fedistill("options")
+    assert code == 0
+    assert "by preset: quick" in out
+    assert fedistill("--version")[1].strip() == "0.1.0"
