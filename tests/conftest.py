@@ -9,8 +9,10 @@ from hypothesis import settings
 from fedistill.config import make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.sources import load_data
+from fedistill.memory import keep_freed_memory
 
 torch.set_num_threads(1)  # tests run in parallel processes
+keep_freed_memory()
 settings.register_profile("fedistill", deadline=None, max_examples=50)
 settings.load_profile("fedistill")
 

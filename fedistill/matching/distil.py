@@ -27,6 +27,7 @@ from fedistill.matching.objective import MASKS, mismatch
 from fedistill.matching.overlap import mitigate
 from fedistill.matching.schedule import Reach, Segment
 from fedistill.matching.student import Batch, adjoint, unroll
+from fedistill.memory import keep_freed_memory
 from fedistill.methods.registry import Method, method_of
 from fedistill.models.augment import Draw, augment, draw
 from fedistill.models.flat import Flat, device_of
@@ -360,6 +361,7 @@ def distil(matching: Matching, state: State, *, iterations: int, until: float) -
 
     Raises `FedistillError` when more than half of all iterations had to be skipped: the result would be the starting noise.
     """
+    keep_freed_memory()
     while state.iteration < iterations and time.monotonic() < until:
         iterate(matching, state)
     if state.iteration >= iterations and state.skipped > 0.5 * state.iteration:

@@ -24,7 +24,15 @@ from fedistill.synthetic.set import SyntheticSet, one_hot
 
 
 def settings(**more: object) -> Config:
-    tiny = {"width": 4, "eval_steps": 6, "eval_nets": 2, "eval_batch": 8, "workers": 1, "ipc": 2, "eval_models": "convnet"}
+    tiny = {
+        "width": 4,
+        "eval_steps": 6,
+        "eval_nets": 2,
+        "eval_batch": 8,
+        "workers": 1,
+        "ipc": 2,
+        "eval_models": "convnet",
+    }
     return make_config(tiny | more).resolved()
 
 
