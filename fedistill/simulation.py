@@ -108,19 +108,20 @@ def _run_engine(out: Path, console: Console, command: str) -> None:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C is for us; we stop the engine in good order
         )
-    meter = threading.Thread(target=_measure, args=(child, out / "engine.json", command), daemon=True)
+    below: dict[int, str] = {}
+    meter = threading.Thread(target=_measure, args=(child, below, out / "engine.json", command), daemon=True)
     meter.start()
     try:
         with _terminate_is_interrupt():
             follow(out / "events.jsonl", lambda: child.poll() is not None, console)
             child.wait()
     except KeyboardInterrupt:
-        _stop(child)
+        _stop(child, below)
         what = f"Stopped. The same command goes on from here: {command}".removesuffix(": ")
         console.print(what, soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(130) from None
     finally:
-        _stop(child)
+        _stop(child, below)
         meter.join(SAMPLE_SECONDS + 1)
     if (out / "error.json").exists():
         error = read_json(out / "error.json")
@@ -131,18 +132,16 @@ def _run_engine(out: Path, console: Console, command: str) -> None:
         )
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """End the engine and every process under it; a Ray worker that lost its parent is found by the list made before."""
-    if child.poll() is not None:
-        return
-    below = {pid: _started(pid) for pid in _tree(child.pid)}
+def _stop(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
+    """End the engine, and what is left of the processes that were seen `below` it: Ray's helpers outlive a crash."""
+    below.update({pid: _started(pid) for pid in _tree(child.pid)})
     child.terminate()
     try:
         child.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    for pid, started in below.items():
+    for pid, started in list(below.items()):
         if started and _started(pid) == started:  # not another process under the same number
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -184,13 +183,18 @@ def _alone(out: Path) -> Iterator[None]:
         yield
 
 
-def _measure(child: subprocess.Popen[bytes], path: Path, command: str) -> None:
-    """Keep `path` up to date while the engine runs: the summary is written before it ends. Adds to an earlier part."""
+def _measure(child: subprocess.Popen[bytes], below: dict[int, str], path: Path, command: str) -> None:
+    """Keep `path` up to date while the engine runs: the summary is written before it ends. Adds to an earlier part.
+
+    below: filled with the processes under the engine and their start times.
+    """
     before = read_json(path) if path.exists() else {}
     peak, began, running = int(before.get("peak_memory_bytes") or 0), time.monotonic(), True
     while running:
         running = _wait(child, SAMPLE_SECONDS)
-        peak = max(peak, sum(map(_memory, _tree(child.pid))))
+        tree = _tree(child.pid)
+        below.update({pid: _started(pid) for pid in tree})
+        peak = max(peak, sum(map(_memory, tree)))
         seconds = before.get("seconds", 0.0) + time.monotonic() - began
         write_json(path, {"peak_memory_bytes": peak or None, "seconds": seconds, "command": command})
 

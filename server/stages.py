@@ -28,6 +28,7 @@ from server.collect import Failure, Receive, converse, job, slice_job, wait_for_
 from server.replies import read_confusions, read_description, read_progress, read_reply, read_set
 
 WAIT_SECONDS = 300.0  # for sites to connect
+WAIT_SIMULATED = 20.0  # virtual nodes are all there before the first message
 DESCRIBE_SECONDS = 900.0  # for a connected site to say what it holds
 
 
@@ -86,7 +87,8 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
     simulated: the names that the sites of a simulation must have.
     Raises `FedistillError` if too few answer, if two say that they are the same site, or if one is a stranger.
     """
-    nodes = wait_for_nodes(run.grid, expected, run.config.quorum or -(-expected // 2), WAIT_SECONDS)
+    wait = WAIT_SIMULATED if simulated else WAIT_SECONDS
+    nodes = wait_for_nodes(run.grid, expected, run.config.quorum or -(-expected // 2), wait)
     if simulated and len(nodes) != expected:
         raise FedistillError(
             "wrong-nodes", f"The data have {expected} sites, the federation {len(nodes)} SuperNodes: make them equal."

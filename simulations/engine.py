@@ -26,6 +26,7 @@ os.environ |= {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # or a thread of Flower starts Ray again while it is being shut down
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 # The app (`client`, `server`) lies beside this folder, in the checkout as in the wheel. Ray's workers inherit the path.

@@ -75,7 +75,7 @@ def test_error_is_below_one_level_and_copies_are_equal(rows: list[list[float]]) 
     span = (flat.amax(1) - flat.amin(1)).double()
     span = span.clamp_min(flat.abs().amax(1).double() * 2**-4)  # flat images: rounding of the values themselves
     error = (once.images - images).double().abs().flatten(1).amax(1)
-    assert (error <= span / 255).all()
+    assert (error <= span / 255 + 1e-37).all()  # below that float32 has no levels left
 
 
 @settings(max_examples=100, deadline=None)

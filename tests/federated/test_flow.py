@@ -35,7 +35,7 @@ NODES: list[dict[str, Any]] = [{"partition-id": i} for i in range(3)]
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(collect, "PAUSES", (0.01, 0.01))
-    monkeypatch.setattr(stages, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(stages, "WAIT_SIMULATED", 0.5)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -1,0 +1,96 @@
+"""`simulate`: bad input is refused before work starts; one real run on Flower's Ray engine; stop and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedistill.config import Config
+from fedistill.errors import FedistillError
+from fedistill.events import read_events
+from fedistill.files import read_json
+from fedistill.simulation import _started, _tree, app_folder, simulate
+
+TINY = {
+    "partition": "iid", "sites": 3, "phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "width": 8,
+    "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 4, "syn_steps": 2,
+    "eval_nets": 1, "eval_steps": 5, "eval_models": "mlp",
+}  # fmt: skip
+
+
+def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
+    for config in (Config(data="pathmnst"), Config(method="dattm"), Config(eval_models="vitt"), Config(sites=1000)):
+        with pytest.raises(FedistillError):
+            simulate(Config(**config.to_dict() | {"out": str(tmp_path / "run")}), Console(file=StringIO()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_app_is_found() -> None:
+    assert (app_folder() / "client" / "app.py").exists()
+
+
+def test_process_tree_sees_a_grandchild() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(30)'])"
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("there is no /proc")
+    child = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        end = time.monotonic() + 10
+        while len(_tree(child.pid)) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        tree = _tree(child.pid)
+        assert len(tree) == 2
+        assert all(map(_started, tree))
+    finally:
+        for pid in _tree(child.pid):
+            os.kill(pid, signal.SIGKILL)
+        child.wait()
+    assert _tree(child.pid) == []
+
+
+@pytest.mark.flower
+def test_real_run_on_the_ray_engine(tmp_path: Path) -> None:
+    config = Config(**TINY, out=str(tmp_path / "run"), seeds=1)  # type: ignore[arg-type]
+    summary = simulate(config, Console(file=StringIO()))
+    assert [s["status"] for s in summary["sites"]] == ["ok"] * 3
+    assert summary["peak_memory_bytes"] is None or summary["peak_memory_bytes"] > 10**8
+    began = time.monotonic()
+    assert simulate(config, Console(file=StringIO())) == summary  # finished: nothing starts
+    assert time.monotonic() - began < 5
+    with pytest.raises(FedistillError, match="other settings"):
+        simulate(Config(**TINY | {"ipc": 2}, out=str(tmp_path / "run")), Console(file=StringIO()))  # type: ignore[arg-type]
+
+
+@pytest.mark.flower
+def test_stopped_run_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    values = TINY | {"expert_steps": 1500, "slice_seconds": 1.0, "out": str(out)}
+    code = (
+        "from rich.console import Console; from fedistill.config import Config; "
+        "from fedistill.simulation import simulate; "
+        f"simulate(Config(**{values!r}), Console(), command='again')"
+    )
+    path = os.pathsep.join([str(app_folder()), os.environ.get("PYTHONPATH", "")])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not any(e.step for e in read_events(out / "events.jsonl")[0]):
+        time.sleep(0.1)
+    below = {pid: _started(pid) for pid in _tree(child.pid)}
+    child.terminate()
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert "The same command goes on from here: again" in said
+    time.sleep(0.5)
+    assert [pid for pid, started in below.items() if started and _started(pid) == started] == []
+    simulate(Config(**values), Console(file=StringIO()))  # type: ignore[arg-type]
+    assert read_json(out / "summary.json")["sites"][0]["status"] == "ok"
