@@ -48,11 +48,11 @@ class Config:
     experts: int = _key(0, "expert networks per site", scope="experts", low=0)
     expert_steps: int = _key(0, "SGD steps of an expert", scope="experts", low=0)
     expert_batch: int = _key(64, "images per expert step", scope="experts", low=1)
-    expert_lr: float = _key(0.01, "learning rate of the experts", scope="experts", low=0.0)
+    expert_lr: float = _key(0.03, "learning rate of the experts", scope="experts", low=0.0)
     checkpoint_every: int = _key(10, "expert steps between checkpoints", scope="experts", low=1)
 
     preset: str = _key("standard", "amount of work: quick, standard or thorough", scope="run")
-    method: str = _key("datm", "distillation method (see `fedistill methods`)", scope="distill")
+    method: str = _key("ptm", "distillation method (see `fedistill methods`)", scope="distill")
     ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1)
     init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))
     labels: str = _key(
@@ -157,20 +157,20 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, int]] = {
-    "quick": {"experts": 3, "expert_steps": 200, "iterations": 150, "syn_steps": 10, "eval_nets": 2, "eval_steps": 150},
+    "quick": {"experts": 3, "expert_steps": 200, "iterations": 120, "syn_steps": 10, "eval_nets": 2, "eval_steps": 150},
     "standard": {
-        "experts": 6,
-        "expert_steps": 400,
-        "iterations": 500,
-        "syn_steps": 20,
+        "experts": 5,
+        "expert_steps": 300,
+        "iterations": 250,
+        "syn_steps": 10,
         "eval_nets": 3,
         "eval_steps": 300,
     },
     "thorough": {
         "experts": 20,
-        "expert_steps": 1000,
-        "iterations": 5000,
-        "syn_steps": 40,
+        "expert_steps": 600,
+        "iterations": 2000,
+        "syn_steps": 20,
         "eval_nets": 5,
         "eval_steps": 1000,
     },

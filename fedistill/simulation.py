@@ -97,6 +97,8 @@ def _run_engine(out: Path, console: Console, command: str) -> None:
     from fedistill.report.live import follow
 
     (out / "error.json").unlink(missing_ok=True)
+    events = out / "events.jsonl"
+    seen = events.stat().st_size if events.exists() else 0  # what an earlier part of this run has shown already
     app = app_folder()
     paths = [str(app), str(Path(fedistill.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     with open(out / "log.txt", "ab") as log:
@@ -113,7 +115,7 @@ def _run_engine(out: Path, console: Console, command: str) -> None:
     meter.start()
     try:
         with _terminate_is_interrupt():
-            follow(out / "events.jsonl", lambda: child.poll() is not None, console)
+            follow(out / "events.jsonl", lambda: child.poll() is not None, console, offset=seen)
             child.wait()
     except KeyboardInterrupt:
         _stop(child, below)

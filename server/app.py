@@ -86,8 +86,10 @@ def run_seed(grid: Grid, config: Config, events: EventLog) -> None:
     with run.stage("evaluate"):
         if data is not None and parts is not None and not (folder / "arms.json").exists():
 
-            def notify(phase: str, step: int, total: int, message: str) -> None:
-                run.note("", "evaluate", "progress", step=step, total=total, message=f"{phase}: {message}")
+            def notify(step: int, total: int, message: str) -> None:
+                run.note("", "evaluate", "progress", step=step, total=total, message=message)
 
-            write_json(folder / "arms.json", evaluate_arms(config, data, parts, merged, folder, notify))
+            write_json(
+                folder / "arms.json", evaluate_arms(config, data, parts, merged, Path(work) / "evaluation", notify)
+            )
         write_json(folder / "federated.json", evaluate_at_sites(run, nodes, task, merged))

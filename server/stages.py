@@ -201,7 +201,7 @@ def _distil(
 
 def evaluate_at_sites(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Any]:
     """Site -> counts (rows: truth) of the global models on its test images; sites that do not answer are left out."""
-    models = global_models(run.config, merged, run.folder)
+    models = global_models(run.config, merged, Path(run.config.work) / "evaluation")
     headline = run.config.eval_models.split(",")[0].strip()
     results: dict[str, Any] = {}
 

@@ -10,8 +10,8 @@ import fedistill
 from fedistill.errors import FedistillError
 
 TINY = {
-    "experts": 2, "expert_steps": 30, "checkpoint_every": 5, "width": 4, "iterations": 5, "syn_steps": 3, "segment": 2, "workers": 1,
-    "image_lr": 5.0, "skip_above": 1000.0,
+    "experts": 2, "expert_steps": 30, "checkpoint_every": 5, "width": 4, "iterations": 5, "syn_steps": 3, "segment": 2,
+    "workers": 1, "image_lr": 5.0, "skip_above": 1000.0,
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import encode, size
 
 ARMS = ("distilled", "random_real", "local_only", "centralised")
-Notify = Callable[[str, int, int, str], None]  # (phase, step, total, message)
+Notify = Callable[[int, int, str], None]  # (step, total, message)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def evaluate_arms(
     jobs = [(model, arm) for model in names for arm in todo]
     results: dict[str, dict[str, Any]] = {model: {} for model in names}
     for step, (model, arm) in enumerate(jobs):
-        notify("evaluate", step, len(jobs), f"{arm.name} with {model}")
+        notify(step, len(jobs), f"{arm.name} with {model}")
         results[model][arm.name] = _evaluate(config, task, data, model, arm, folder)
-    notify("evaluate", len(jobs), len(jobs), "")
+    notify(len(jobs), len(jobs), "")
     return results
 
 

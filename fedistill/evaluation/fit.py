@@ -24,7 +24,7 @@ from fedistill.models.flat import Flat, device_of
 from fedistill.seeding import generator
 from fedistill.synthetic.set import one_hot
 
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1)
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,9 @@ def worth_a_line(old: SiteState | None, new: SiteState, printed: float) -> bool:
 class Tail:
     """Reads the events that were appended to a file since the last call; `path` need not exist yet."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
-        self._offset = 0
+        self._offset = offset
 
     def read(self) -> list[dict[str, Any]]:
         """The new events; a last line without its line break waits for the next call, and other lines are skipped."""
@@ -151,14 +151,14 @@ class Tail:
         return events
 
 
-def follow(path: Path, stop: Callable[[], bool], console: Console) -> None:
-    """Show the events of the growing file at `path`, until `stop()` is true and everything before it was shown.
+def follow(path: Path, stop: Callable[[], bool], console: Console, *, offset: int = 0) -> None:
+    """Show the events of the growing file at `path` from byte `offset` on, until `stop()` is true and all was shown.
 
     A terminal gets a table that is drawn again in place; anything else gets one line per piece of news. A view that
     cannot be drawn is given up with a warning in the log; the call still lasts until `stop()`.
     """
     try:
-        _show(Tail(Path(path)), stop, console)
+        _show(Tail(Path(path), offset), stop, console)
     except Exception as error:
         log.warning("The live view stopped (%s); the run goes on.", type(error).__name__)
         while not stop():

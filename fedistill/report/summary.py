@@ -27,6 +27,7 @@ FLAGS = (
     "preset", "out", "work",
 )  # fmt: skip
 Json = dict[str, Any]
+_ENDS = {"late": "answered late"}
 
 
 def write_summary(config: Config, run: Path) -> Json:
@@ -78,7 +79,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         "peak_memory_bytes": engine.get("peak_memory_bytes"),
         "seconds": engine.get("seconds") or (events[-1].t - events[0].t if events else None),
         "notes": [
-            f"Site {s['name']} {'answered late' if s['status'] == 'late' else 'failed'} and is not in every merged set: {s['reason']}"
+            f"Site {s['name']} {_ENDS.get(s['status'], 'failed')} and is not in every merged set: {s['reason']}"
             for s in described
             if s["status"] != "ok"
         ],
