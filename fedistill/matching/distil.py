@@ -35,6 +35,7 @@ from fedistill.seeding import generator
 
 OVERLAP_EVERY = 100  # iterations between two looks at the overlap
 RETRAIN_FOR = 50  # iterations in which the untouched images move ten times slower than the new ones
+NOISE = 0.3  # deviation of noise images; with 1.0 the leftover noise hides the lesson where sites' sets are merged
 CLIP = 5.0  # an image's gradient is at most this many times the running median
 
 
@@ -190,7 +191,7 @@ def _fresh(matching: Matching, n: int, c: int, rng: torch.Generator) -> Tensor:
     """`n` starting images `(n, C, H, W)` for class `c`, normalised."""
     channels, h, w = matching.bundle.task.geometry
     if matching.config.init == "noise":
-        return torch.randn((n, channels, h, w), generator=rng)
+        return NOISE * torch.randn((n, channels, h, w), generator=rng)
     if matching.config.init == "phantom":
         images, _ = phantom_images(n, channels, max(h, w), rng, 6)
         return normalise((images[:, :, :h, :w] * 255).round().to(torch.uint8), matching.bundle.task.modality)
