@@ -124,7 +124,7 @@ def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
     """How often each global model takes one class of this site's images for another."""
     split = str(_job(msg)["split"])
     return _reply({
-        name: confusion_at(config, site.data, name, torch.from_numpy(theta.copy()), split).tolist()
+        name: confusion_at(config, site.data, name.partition("@")[0], torch.from_numpy(theta.copy()), split).tolist()
         for name, theta in _arrays(msg, "models").items()
     })  # fmt: skip
 

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from torch import Tensor
 
 from fedistill.config import Config
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
-from fedistill.evaluation.arms import global_models
+from fedistill.evaluation.arms import architectures, candidates, global_models
+from fedistill.evaluation.metrics import from_confusion
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json
@@ -200,17 +203,40 @@ def _distil(
 
 
 def evaluate_at_sites(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Any]:
-    """Site -> counts (rows: truth) of the global models on its test images; sites that do not answer are left out."""
-    models = global_models(run.config, merged, Path(run.config.work) / "evaluation")
-    headline = run.config.eval_models.split(",")[0].strip()
-    results: dict[str, Any] = {}
+    """Site -> counts (rows: truth) of each global model on its test images; sites that do not answer are left out."""
+    if run.config.server_data == "same":
+        models = global_models(run.config, merged, Path(run.config.work) / "evaluation")
+    else:
+        models = elect(run, nodes, task, merged)
+    return _counts(run, nodes, task, models, "test")
+
+
+def elect(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Tensor]:
+    """The global models of a server without data: candidates of every learning rate, of which the sites' validation
+    counts elect one per architecture."""
+    models = candidates(run.config, task, merged)
+    totals = {name: torch.zeros((task.classes, task.classes), dtype=torch.int64) for name in models}
+    for tables in _counts(run, nodes, task, models, "val").values():
+        for name, table in tables.items():
+            totals[name] += torch.tensor(table)
+    merit = {name: from_confusion(total)["balanced_accuracy"] or 0.0 for name, total in totals.items()}
+    return {
+        model: models[max((n for n in models if n.startswith(f"{model}@")), key=lambda n: merit[n])]
+        for model in architectures(run.config)
+    }
+
+
+def _counts(
+    run: Run, nodes: Mapping[int, str], task: Task, models: Mapping[str, Tensor], split: str
+) -> dict[str, dict[str, list[list[int]]]]:
+    """Site -> model -> counts (rows: truth) on one split of the site's images."""
+    results: dict[str, dict[str, list[list[int]]]] = {}
 
     def receive(node: int, content: RecordDict) -> None:
-        tables = read_confusions(read_reply(content), set(models), task.classes)
-        results[nodes[node]] = {"confusion": tables[headline], "models": tables}
+        results[nodes[node]] = read_confusions(read_reply(content), set(models), task.classes)
 
     arrays = {name: theta.detach().cpu().numpy() for name, theta in models.items()}
-    content = with_arrays(job(run.config, split="test"), "models", arrays)
+    content = with_arrays(job(run.config, split=split), "models", arrays)
     _ask(run, "evaluate.models", dict.fromkeys(nodes, content), receive, nodes, run.config.deadline)
     return results
 

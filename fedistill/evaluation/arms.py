@@ -15,7 +15,7 @@ from fedistill.config import Config
 from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import Partition
 from fedistill.errors import FedistillError, unknown
-from fedistill.evaluation.fit import LEARNING_RATES, Material, Result, of_split, predict, select_and_test
+from fedistill.evaluation.fit import LEARNING_RATES, Material, Result, fit_all, of_split, predict, select_and_test
 from fedistill.evaluation.metrics import NAMES, confusion, mean_std
 from fedistill.experts.train import Task
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
@@ -114,6 +114,17 @@ def global_models(config: Config, merged: SyntheticSet, folder: Path) -> dict[st
     return {
         model: read_tensors(folder / f"model-{_key(config, model, material)}.safetensors")[0]["theta"]
         for model in architectures(config)
+    }
+
+
+def candidates(config: Config, task: Task, merged: SyntheticSet) -> dict[str, Tensor]:
+    """One network per architecture and learning rate, as "model@rate": for a server that has no data to choose with."""
+    material = Material(merged.images, merged.labels)
+    todo = [(rate, config.seed) for rate in LEARNING_RATES]
+    return {
+        f"{model}@{rate}": theta
+        for model in architectures(config)
+        for (rate, _), theta in zip(todo, fit_all(config, task, model, material, todo), strict=True)
     }
 
 

@@ -90,14 +90,14 @@ def select_and_test(config: Config, task: Task, model: str, material: Material, 
     """Choose the learning rate on `val` with one network each, train `eval_nets` networks with it, score them on `test`."""
     began = time.monotonic()
     net = task.network(model, config)
-    searched = _fit_all(config, task, model, material, [(lr, config.seed) for lr in LEARNING_RATES])
+    searched = fit_all(config, task, model, material, [(lr, config.seed) for lr in LEARNING_RATES])
     chosen = max(
         range(len(LEARNING_RATES)),
         key=lambda i: _merit(score(predict(net, searched[i], val.images, task.modality), val.labels)),
     )
     lr = LEARNING_RATES[chosen]
     more = [(lr, config.seed + 1000 * n) for n in range(1, config.eval_nets)]
-    thetas = [searched[chosen], *_fit_all(config, task, model, material, more)]
+    thetas = [searched[chosen], *fit_all(config, task, model, material, more)]
     scores = [score(predict(net, theta, test.images, task.modality), test.labels) for theta in thetas]
     return Result(scores, lr, time.monotonic() - began, thetas)
 
@@ -106,9 +106,10 @@ def _merit(scores: dict[str, Any]) -> tuple[float, float]:
     return scores["balanced_accuracy"] or 0.0, scores["auc"] or 0.0
 
 
-def _fit_all(
+def fit_all(
     config: Config, task: Task, model: str, material: Material, todo: Sequence[tuple[float, int]]
 ) -> list[Tensor]:
+    """Parameters of one network per (learning rate, seed), trained in parallel processes."""
     images, labels = material.images.numpy(), material.labels.numpy()  # numpy: shared by memory map, not copied
     jobs = (delayed(_fit_one)(config, task, model, images, labels, lr, seed) for lr, seed in todo)
     return [torch.from_numpy(theta) for theta in Parallel(n_jobs=config.worker_count(), backend="loky")(jobs)]

@@ -51,7 +51,10 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
     about = next(iter(sites[0].values()))
     class_names = about["class_names"]
     headline = config.eval_models.split(",")[0].strip()
-    by_model = {model: _arms([a[model] for a in arms], class_names) for model in (arms[0] if arms else {})}
+    if arms:
+        by_model = {model: _arms([a[model] for a in arms], class_names) for model in arms[0]}
+    else:  # a server without data knows only what the sites counted
+        by_model = {headline: _arms([{"distilled": _pooled(folder, headline)} for folder in folders], class_names)}
     events, _ = read_events(run / "events.jsonl")
     engine = read_json(run / "engine.json") if (run / "engine.json").exists() else {}
     names = sorted({name for seed in sites for name in seed})
@@ -144,12 +147,27 @@ def _federated(folders: Sequence[Path], headline: str) -> Json:
     for folder in folders:
         if (folder / "federated.json").exists():
             for site, answer in read_json(folder / "federated.json").items():
-                counts = torch.tensor(answer["models"][headline])
+                counts = torch.tensor(answer[headline])
                 totals[site] = totals.get(site, torch.zeros_like(counts)) + counts
     figures: Mapping[str, Json] = {
         site: from_confusion(counts) | {"images": int(counts.sum()) // len(folders)} for site, counts in totals.items()
     }
     return {"distilled": figures} if figures else {}
+
+
+def _pooled(folder: Path, headline: str) -> Json:
+    """The distilled arm of one seed from the counts of all sites; there is no AUC and no deviation in counts."""
+    answers, sites = read_json(folder / "federated.json"), read_json(folder / "sites.json").values()
+    figures = from_confusion(torch.tensor([answer[headline] for answer in answers.values()]).sum(0))
+    spread: Json = {name: {"mean": figures.get(name), "std": None} for name in NAMES}
+    done = [s for s in sites if s.get("status") == "ok"]
+    return spread | {
+        "per_class_recall": figures["per_class_recall"],
+        "images": sum(s["synthetic_images"] for s in done),
+        "upload_bytes": sum(s["upload_bytes"] for s in done),
+        "seconds": None,
+        "learning_rate": [],
+    }
 
 
 def _versions(*packages: str) -> dict[str, str]:

@@ -12,8 +12,8 @@ from rich.text import Text
 ARM_NAMES = {
     "distilled": "Distilled union",
     "random_real": "Random real images",
-    "local_only": "Local only (mean of sites)",
-    "centralised": "All real images, centralised",
+    "local_only": "Local only",
+    "centralised": "Centralised",
 }
 METRICS = {
     "balanced_accuracy": "Balanced accuracy",
@@ -39,7 +39,7 @@ def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
     """One row per arm: the four metrics as mean ± deviation, images and upload."""
-    table = Table(title="Global model on the pooled test images", caption=f"{deviation(summary)} {BEST_MEANS}.")
+    table = _table("Global model on the pooled test images", caption=f"{deviation(summary)} {BEST_MEANS}.")
     table.add_column("Arm", overflow="fold")
     for title in _ARM_COLUMNS:
         table.add_column(title, justify="right")
@@ -55,12 +55,19 @@ def arms_markdown(summary: Mapping[str, Any]) -> str:
     return f"{table}\n\n{deviation(summary)} {BEST_MEANS}.\n"
 
 
+def _table(title: str, **more: Any) -> Table:
+    """Without lines, so that a terminal of 80 columns is wide enough."""
+    return Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0), **more)
+
+
 def sites_table(summary: Mapping[str, Any]) -> Table:
     """One row per site: how it ended, its images, seconds per phase and upload."""
-    table = Table(title="Sites")
+    table = _table("Sites")
     table.add_column("Site", overflow="fold")
     table.add_column("Status", overflow="fold")
-    for title in ("Images", "Synthetic", "Seconds", "Iterations", "Final loss", "Upload"):
+    phases = sorted({str(p) for site in summary.get("sites") or [] for p in site.get("phases") or {}}, reverse=True)
+    seconds = [f"{plain(p).capitalize()} s" for p in phases]
+    for title in ("Real", "Synthetic", *seconds, "Iterations", "Loss", "Upload"):
         table.add_column(title, justify="right")
     for site in summary.get("sites") or []:
         status = str(site.get("status", ""))
@@ -70,7 +77,7 @@ def sites_table(summary: Mapping[str, Any]) -> Table:
             Text(plain(status) + reason, style="green" if status == "ok" else "bold red"),
             number(sum(site["images"]) if site.get("images") else None),
             number(site.get("synthetic_images")),
-            Text("\n".join(f"{plain(str(p))} {number(s)}" for p, s in (site.get("phases") or {}).items()) or MISSING),
+            *(number((site.get("phases") or {}).get(p)) for p in phases),
             iterations(site),
             score(site.get("final_loss")),
             size(site.get("upload_bytes")),

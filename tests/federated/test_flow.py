@@ -18,7 +18,6 @@ from client.app import app as client_app
 from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
-from fedistill.experts.train import Task
 from fedistill.files import read_json
 from fedistill.synthetic.store import load_set
 from server import app as server_app
@@ -74,7 +73,7 @@ def test_happy_path_leaves_everything_in_the_run_folder(finished: Path) -> None:
     sites = read_json(seed / "sites.json")
     assert {s["status"] for s in sites.values()} == {"ok"}
     assert all(s["upload_bytes"] > 0 and s["iterations"] == 4 and s["synthetic_images"] == 2 for s in sites.values())
-    counts = read_json(seed / "federated.json")["site-2"]["confusion"]
+    counts = read_json(seed / "federated.json")["site-2"]["mlp"]
     assert sum(map(sum, counts)) > 0
     assert set(read_json(seed / "arms.json")["mlp"]) == {"distilled", "random_real", "local_only", "centralised"}
     assert read_json(finished / "summary.json")["sites"][0]["name"] == "site-1"
@@ -175,11 +174,20 @@ def deployed(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
     return [{"site": n, "data": "phantom", "work-dir": str(tmp_path / f"disk-{i}")} for i, n in enumerate(names)]
 
 
-def test_deployed_sites_keep_their_work_on_their_own_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = Task((1, 16, 16), ("a", "b"), "phantom").network("mlp", TINY).size
+def test_a_server_without_data_lets_the_sites_choose_and_judge(tmp_path: Path) -> None:
     nodes = deployed(tmp_path, ["north", "south"])
-    monkeypatch.setattr(stages, "global_models", lambda config, merged, folder: {"mlp": torch.zeros(size)})
-    run(tmp_path / "run", nodes=nodes, sites=2, server_data="none")
+    grid = run(tmp_path / "run", nodes=nodes, sites=2, server_data="none")
+    assert grid.count("evaluate.models", 0) == 2  # validation counts to choose, then test counts
+    summary = read_json(tmp_path / "run/summary.json")
+    assert list(summary["arms"]) == ["distilled"]
+    counted = sum(sum(map(sum, a["mlp"])) for a in read_json(tmp_path / "run/seed-0/federated.json").values())
+    pooled = summary["federated"]["distilled"]
+    mean = sum(pooled[s]["accuracy"] * pooled[s]["images"] for s in ("north", "south")) / counted
+    assert summary["arms"]["distilled"]["accuracy"]["mean"] == pytest.approx(mean)
+
+
+def test_deployed_sites_keep_their_work_on_their_own_disks(tmp_path: Path) -> None:
+    run(tmp_path / "run", nodes=deployed(tmp_path, ["north", "south"]), sites=2, server_data="none")
     assert load_set(tmp_path / "run/seed-0/merged").sites == ("north", "south")
     assert list((tmp_path / "disk-0").rglob("facts.json"))
     assert not (tmp_path / "run/work").exists()

@@ -48,7 +48,7 @@ def make_run(run: Path, seeds: int) -> Config:
         late = {"status": "late", "reason": "no answer within 5 s"}
         write_json(folder / "sites.json", {"north": site(), "south": site(**late) if s else site(iterations=20)})
         write_json(folder / "arms.json", {m: {"distilled": figures(0.6 + 0.2 * s)} for m in ("convnet", "mlp")})
-        write_json(folder / "federated.json", {"north": {"models": {"convnet": [[3, 1], [0, 4]]}}})
+        write_json(folder / "federated.json", {"north": {"convnet": [[3, 1], [0, 4]]}})
     events = EventLog(run / "events.jsonl")
     events.add(0, "", "describe", "start")
     write_json(run / "engine.json", {"peak_memory_bytes": 123, "seconds": 9.5})

@@ -55,7 +55,7 @@ def test_every_figure_is_from_the_summary() -> None:
         assert f"{arm['images']}" in terminal
         assert size(arm["upload_bytes"]) in markdown
     assert "over networks" in terminal.replace("\n", " ")
-    assert markdown.index("Distilled union ★") < markdown.index("Random real images") < markdown.index("centralised")
+    assert markdown.index("Distilled union ★") < markdown.index("Random real images") < markdown.index("Centralised")
 
 
 def test_markdown_has_equal_columns() -> None:
