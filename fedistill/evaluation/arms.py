@@ -118,13 +118,17 @@ def global_models(config: Config, merged: SyntheticSet, folder: Path) -> dict[st
 
 
 def candidates(config: Config, task: Task, merged: SyntheticSet) -> dict[str, Tensor]:
-    """One network per architecture and learning rate, as "model@rate": for a server that has no data to choose with."""
+    """One network per architecture and learning rate, as "model@rate": for a server that has no data to choose with.
+
+    Networks that diverged are left out.
+    """
     material = Material(merged.images, merged.labels)
     todo = [(rate, config.seed) for rate in LEARNING_RATES]
     return {
         f"{model}@{rate}": theta
         for model in architectures(config)
         for (rate, _), theta in zip(todo, fit_all(config, task, model, material, todo), strict=True)
+        if torch.isfinite(theta).all()
     }
 
 

@@ -71,9 +71,10 @@ def _batch(images: Tensor, modality: str) -> Tensor:
 
 @torch.no_grad()
 def predict(net: Flat, theta: Tensor, images: Tensor, modality: str) -> Tensor:
-    """Class probabilities `(n, K)` of uint8 images."""
+    """Class probabilities `(n, K)` of uint8 images; a network that diverged gives every class the same."""
     parts = [net(theta, _batch(part, modality).to(theta.device)).softmax(1).cpu() for part in images.split(256)]
-    return torch.cat(parts)
+    probabilities = torch.cat(parts)
+    return probabilities.nan_to_num(nan=1 / probabilities.shape[1])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import partition
 from fedistill.errors import FedistillError
 from fedistill.evaluation import arms as arms_module
+from fedistill.evaluation import fit as fit_module
 from fedistill.evaluation.arms import architectures, confusion_at, evaluate_arms, global_models, random_real
 from fedistill.evaluation.fit import of_split, select_and_test
 from fedistill.evaluation.metrics import confusion, from_confusion, mean_std, score
@@ -85,6 +86,15 @@ def test_the_test_set_has_no_say_in_what_is_chosen(tiny: Dataset) -> None:
     assert one.learning_rate == two.learning_rate
     assert all(torch.equal(a, b) for a, b in zip(one.thetas, two.thetas, strict=True))
     assert one.scores != two.scores
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit_module, "LEARNING_RATES", (1e30, 0.01))
+    result = select_and_test(settings(), task_of(tiny), "mlp", of_split(tiny.train, 3), tiny.val, tiny.test)
+    assert result.learning_rate == 0.01
+    monkeypatch.setattr(fit_module, "LEARNING_RATES", (1e30,))
+    result = select_and_test(settings(), task_of(tiny), "mlp", of_split(tiny.train, 3), tiny.val, tiny.test)
+    assert result.scores[0]["balanced_accuracy"] == pytest.approx(1 / 3)
 
 
 def merged_of(data: Dataset, part, config: Config) -> SyntheticSet:
