@@ -152,8 +152,10 @@ def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
     for name in NAMES:
         over_sites = [mean_std([run.scores[n][name] for run in runs])["mean"] for n in nets]
         figures[name] = mean_std(over_sites)
-    recalls = [score["per_class_recall"] for run in runs for score in run.scores]
-    figures["per_class_recall"] = [mean_std([r[c] for r in recalls])["mean"] for c in range(len(recalls[0]))]
+    classes = range(len(runs[0].scores[0]["per_class_recall"]))
+    figures["per_class_recall"] = [
+        mean_std([mean_std([run.scores[n]["per_class_recall"][c] for run in runs])["mean"] for n in nets]) for c in classes
+    ]
     figures["learning_rate"] = [run.learning_rate for run in runs]
     figures["seconds"] = sum(run.seconds for run in runs)
     return figures

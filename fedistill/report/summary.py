@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         by_model = {model: _arms([a[model] for a in arms], class_names) for model in arms[0]}
     else:  # a server without data knows only what the sites counted
         by_model = {headline: _arms([{"distilled": _pooled(folder, headline)} for folder in folders], class_names)}
+    federated = _federated(folders, headline)
     events, _ = read_events(run / "events.jsonl")
     engine = read_json(run / "engine.json") if (run / "engine.json").exists() else {}
     names = sorted({name for seed in sites for name in seed})
@@ -73,12 +75,13 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
             "geometry": about["geometry"],
             "partition": config.partition,
             "train": sum(sum(a["counts"]) for a in sites[0].values()),
-            "fingerprints": {name: a["fingerprint"] for name, a in sites[0].items()},
+            "test": sum(a["images"] for a in federated.get("distilled", {}).values()) or None,
+            "fingerprint": sha256("".join(sorted(a["fingerprint"] for a in sites[0].values())).encode()).hexdigest()[:16],
         },
         "sites": described,
         "arms": by_model.get(headline, {}),
         "cross_architecture": {model: figures for model, figures in by_model.items() if model != headline},
-        "federated": _federated(folders, headline),
+        "federated": federated,
         "peak_memory_bytes": engine.get("peak_memory_bytes"),
         "seconds": engine.get("seconds") or (events[-1].t - events[0].t if events else None),
         "notes": [
@@ -108,7 +111,10 @@ def _arms(seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
         for name in NAMES:
             figures[name] = runs[0][name] if len(runs) == 1 else mean_std([r[name]["mean"] for r in runs])
         figures["per_class_recall"] = {
-            name: mean_std([r["per_class_recall"][c] for r in runs]) for c, name in enumerate(class_names)
+            name: runs[0]["per_class_recall"][c]
+            if len(runs) == 1
+            else mean_std([r["per_class_recall"][c]["mean"] for r in runs])
+            for c, name in enumerate(class_names)
         }
         for name in ("images", "upload_bytes", "seconds"):
             figures[name] = mean_std([r[name] for r in runs])["mean"]
@@ -162,7 +168,7 @@ def _pooled(folder: Path, headline: str) -> Json:
     spread: Json = {name: {"mean": figures.get(name), "std": None} for name in NAMES}
     done = [s for s in sites if s.get("status") == "ok"]
     return spread | {
-        "per_class_recall": figures["per_class_recall"],
+        "per_class_recall": [{"mean": recall, "std": None} for recall in figures["per_class_recall"]],
         "images": sum(s["synthetic_images"] for s in done),
         "upload_bytes": sum(s["upload_bytes"] for s in done),
         "seconds": None,

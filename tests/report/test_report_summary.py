@@ -20,7 +20,7 @@ def figures(value: float) -> dict[str, Any]:
     spread = {"mean": value, "std": 0.5}
     names = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
     more = {
-        "per_class_recall": [value, None],
+        "per_class_recall": [spread, {"mean": None, "std": None}],
         "images": 4,
         "upload_bytes": 100,
         "seconds": 2.0,
