@@ -56,8 +56,14 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
         return Site(name, parts.at(data, number), Path(config.work))
     if missing := [k for k in ("site", "data", "work-dir") if not node.get(k)]:
         raise FedistillError("node-config", f"The SuperNode's --node-config lacks {', '.join(missing)}.")
-    data, _ = _load(config, str(node["data"]), split=False)
     name = str(node["site"])
+    try:
+        data, _ = _load(config, str(node["data"]), split=False)
+    except FedistillError as error:  # its sentence may name files, and files are named after patients
+        _keep(error.sentence, Path(str(node["work-dir"])))
+        raise FedistillError(
+            error.code, f"The data of site '{name}' cannot be used: errors.log there says why."
+        ) from None
     return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])))
 
 
@@ -105,14 +111,14 @@ def describe_site(msg: Message, site: Site, config: Config) -> RecordDict:
 def distill(msg: Message, site: Site, config: Config) -> RecordDict:
     """Work for one slice; the answer carries the released set once it is ready."""
     job = _job(msg)
-    number = int(job["round"])
+    number, run = int(job["round"]), str(job["run"])
     context = decode(_arrays(msg, "context"), str(job["context"])) if "context" in msg.content else None
     progress = advance(
-        config, site.data, site.name, site.work, seconds=float(job["seconds"]), round=number, context=context
+        config, site.data, site.name, site.work, seconds=float(job["seconds"]), round=number, context=context, run=run
     )
     content = _reply(dataclasses.asdict(progress))
     if progress.done:
-        arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number))
+        arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number, run=run))
         content["set"] = ArrayRecord({k: Array(a) for k, a in arrays.items()})
         content["text"] = ConfigRecord({"set": text})
     return content

@@ -14,6 +14,8 @@ from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset, Split
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
+from fedistill.site.describe import task_of
+from fedistill.site.feasible import check_budget, check_settings
 from fedistill.site.job import Progress, advance, released_set
 from fedistill.synthetic.set import SyntheticSet
 
@@ -45,7 +47,15 @@ def distill(
 def distill_site(
     config: Config, data: Dataset, site: str, work: Path, *, on_progress: Callable[[Progress], None] | None = None
 ) -> SyntheticSet:
-    """Run one site's job to its end, slice by slice; `work` makes it resumable."""
+    """Run one site's job to its end, slice by slice; `work` makes it resumable.
+
+    Raises `FedistillError` on settings that need a federation, or that cannot work on these data.
+    """
+    if config.rounds > 1 or config.seeds > 1:
+        raise FedistillError(
+            "one-site", "rounds and seeds belong to a federation: use `fedistill simulate`, or leave them at 1."
+        )
+    check_settings(config, task_of(data))
     check_budget(config, data)
     while True:
         progress = advance(config, data, site, work, seconds=config.slice_seconds)
@@ -55,23 +65,18 @@ def distill_site(
             return released_set(config, data, site, work)
 
 
-def check_budget(config: Config, data: Dataset) -> None:
-    """Raise `FedistillError` when the budget asks for more synthetic images than there are real ones."""
-    if config.ipc * data.classes > len(data.train):
-        raise FedistillError(
-            "budget",
-            f"ipc={config.ipc} asks for {config.ipc * data.classes} synthetic images, but {data.name} has only {len(data.train)} "
-            f"training images: use ipc={max(1, len(data.train) // data.classes // 2)} or less.",
-        )
-
-
 def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None, modality: str) -> Dataset:
     """Tensors as a data set without validation and test. Raises `FedistillError` on shapes, values or labels that make no sense."""
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        raise FedistillError(
+            "no-tensors", "images and labels must be torch tensors: use torch.from_numpy for numpy arrays."
+        )
     if images.ndim == 3:
         images = images[:, None]
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0 or images.shape[2] != images.shape[3]:
         raise FedistillError(
-            "bad-images", f"images has shape {tuple(images.shape)}: it must be (n, H, W) or (n, 1 or 3, H, W)."
+            "bad-images",
+            f"images has shape {tuple(images.shape)}: it must be (n, S, S) or (n, 1 or 3, S, S), square and n > 0.",
         )
     if labels.shape != (len(images),) or labels.is_floating_point():
         raise FedistillError(
@@ -89,8 +94,13 @@ def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] |
         raise FedistillError(
             "bad-labels", f"labels run from {int(labels.min())} to {int(labels.max())}: valid are 0 to {classes - 1}."
         )
-    if len(labels.unique()) < 2:
+    counts = torch.bincount(labels, minlength=classes)
+    if (counts > 0).sum() < 2:
         raise FedistillError("one-class", "All labels are the same: there is nothing to tell apart.")
+    if (counts == 0).any():
+        raise FedistillError(
+            "absent-class", f"No image has label {int(counts.argmin())}: number the classes without gaps."
+        )
     names = tuple(class_names) if class_names is not None else tuple(f"class {c}" for c in range(classes))
     train = Split(images.cpu(), labels.cpu(), torch.zeros(len(labels), dtype=torch.int64))
     nothing = train.take(torch.empty(0, dtype=torch.int64))

@@ -113,8 +113,12 @@ def distill(
         raise FedistillError("exists", f"{folder} exists already: choose another --out, or remove it.")
     loaded = load_data(config)
     workplace = Path(config.work) if config.work else folder.with_name(f".{folder.name}.work")
-    with _bar() as bar:
-        made = distill_site(config, loaded, loaded.name, workplace, on_progress=bar)
+    try:
+        with _bar() as bar:
+            made = distill_site(config, loaded, loaded.name, workplace, on_progress=bar)
+    except KeyboardInterrupt:
+        screen.print("Stopped. The same command goes on from here.", highlight=False)
+        raise typer.Exit(130) from None
     save_set(made, folder)
     if not config.work:
         shutil.rmtree(workplace)
@@ -241,15 +245,12 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2, an interruption is exit code 130."""
+    """Entry point: a user's mistake is one sentence and exit code 2."""
     try:
         app(standalone_mode=True)
     except FedistillError as error:
         screen.print(f"Error: {error.sentence}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        screen.print("Stopped. The same command continues from here.", highlight=False)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

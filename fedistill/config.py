@@ -12,9 +12,21 @@ from typing import Any
 
 from fedistill.errors import FedistillError, unknown
 
+# Part of every key of stored work: raise it when the same settings no longer give the same result.
+ALGORITHM = 1
 
-def _key(default: Any, help: str, *, scope: str, choices: tuple[str, ...] = (), low: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "scope": scope, "choices": choices, "low": low})
+
+def _key(
+    default: Any,
+    help: str,
+    *,
+    scope: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    limits = {"low": low, "high": high}
+    return field(default=default, metadata={"help": help, "scope": scope, "choices": choices} | limits)
 
 
 # scope of a key: what has to be computed again when it changes.
@@ -68,7 +80,7 @@ class Config:
         choices=("auto", "none", "prune"),
     )
     mask_keep: float = _key(
-        0.9, "share of the parameters that prune keeps: the easiest to match", scope="distill", low=0.01
+        0.9, "share of the parameters that prune keeps: the easiest to match", scope="distill", low=0.01, high=1.0
     )
     overlap: str = _key(
         "auto",
@@ -84,7 +96,7 @@ class Config:
     syn_batch: int = _key(50, "synthetic images per student step", scope="distill", low=1)
     segment: int = _key(4, "length of a matched segment, in checkpoints", scope="distill", low=1)
     window: float = _key(
-        0.0, "share of the trajectory in which segments may start; 0: by ipc", scope="distill", low=0.0
+        0.0, "share of the trajectory in which segments may start; 0: by ipc", scope="distill", low=0.0, high=1.0
     )
     image_lr: float = _key(
         50.0, "learning rate of the images, times the images per student step", scope="distill", low=0.0
@@ -122,12 +134,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, low = getattr(self, item.name), item.metadata["low"]
+            value, low, high = getattr(self, item.name), item.metadata["low"], item.metadata["high"]
             choices = item.metadata["choices"]
             if choices and value not in choices:
                 raise unknown(f"value of {item.name}", str(value), choices)
             if low is not None and value < low:
                 raise FedistillError("bad-value", f"{item.name}={value} is too small: it must be at least {low:g}.")
+            if high is not None and value > high:
+                raise FedistillError("bad-value", f"{item.name}={value} is too large: it must be at most {high:g}.")
         if self.preset not in PRESETS:
             raise unknown("preset", self.preset, PRESETS)
 
@@ -150,7 +164,7 @@ class Config:
     def key(self, *scopes: str) -> str:
         """A short hash of the settings in `scopes`: results that share it can share their files."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["scope"] in scopes}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([ALGORITHM, chosen], sort_keys=True).encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -177,7 +191,6 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}
-HELP: dict[str, str] = {f.name: f.metadata["help"] for f in fields(Config)}
 
 
 def make_config(values: Mapping[str, Any]) -> Config:

@@ -18,6 +18,9 @@ class FedistillError(Exception):
         self.code = code
         self.sentence = sentence
 
+    def __reduce__(self) -> tuple[type[FedistillError], tuple[str, str]]:
+        return type(self), (self.code, self.sentence)  # so that it survives the way back from a worker process
+
 
 def unknown(kind: str, given: str, valid: Iterable[str]) -> FedistillError:
     """An error for a name that does not exist, with the nearest one that does."""

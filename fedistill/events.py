@@ -100,6 +100,14 @@ def claim_folder(folder: Path, config: Config) -> None:
             raise FedistillError(
                 "other-run", f"The folder {folder} holds a run with other settings ({what}): choose another folder."
             )
-    elif folder.exists() and any(p.name not in ("log.txt", ".lock") for p in folder.iterdir()):
-        raise FedistillError("other-run", f"The folder {folder} is neither empty nor a run: choose another folder.")
+    refuse_foreign(folder)
     write_json(path, config.to_dict())
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `FedistillError` ("other-run") if `folder` is a file, or holds something that is not a run."""
+    if folder.exists() and not folder.is_dir():
+        raise FedistillError("other-run", f"{folder} is a file: choose another folder.")
+    begun = (folder / "config.json").exists() or not folder.exists()
+    if not begun and any(p.name not in ("log.txt", ".lock") for p in folder.iterdir()):
+        raise FedistillError("other-run", f"The folder {folder} is neither empty nor a run: choose another folder.")

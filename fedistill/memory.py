@@ -1,9 +1,13 @@
-"""Keep freed memory in the process instead of handing it back to the system after every training step."""
+"""How a training process uses the machine: one thread, and memory that it keeps."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 
@@ -22,3 +26,14 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the largest that glibc accepts
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 64 * 2**20)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Train with one thread, and leave the caller's process as it was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

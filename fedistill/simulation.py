@@ -20,7 +20,7 @@ from rich.console import Console
 import fedistill
 from fedistill.config import Config
 from fedistill.errors import FedistillError
-from fedistill.events import claim_folder
+from fedistill.events import claim_folder, refuse_foreign
 from fedistill.files import read_json, write_json
 
 SAMPLE_SECONDS = 2.0
@@ -35,11 +35,12 @@ def simulate(config: Config, console: Console, *, command: str = "") -> dict[str
     engine and raise `SystemExit` with code 130.
     """
     config = absolute(config.resolved())
-    check(config)
+    fingerprint = check(config)
     out = Path(config.out)
+    refuse_foreign(out)
     with _alone(out):
         claim_folder(out, config)
-        if not _finished(out, config):
+        if not _finished(out, config, fingerprint):
             _run_engine(out, console, command)
         return dict(read_json(out / "summary.json"))
 
@@ -59,31 +60,37 @@ def absolute(config: Config) -> Config:
     )
 
 
-def check(config: Config) -> None:
-    """Load and divide the data as every process of the run will. Raises `FedistillError` on anything that is wrong."""
+def check(config: Config) -> str:
+    """Load and divide the data as every process of the run will; returns the fingerprint of the first seed's sites.
+
+    Raises `FedistillError` on anything that is wrong.
+    """
     # torch takes a second to import: only when a run really starts
-    from fedistill.api import check_budget
+    from fedistill.data.dataset import combined
     from fedistill.data.partition import partition
     from fedistill.data.sources import load_data
-    from fedistill.evaluation.arms import architectures
-    from fedistill.matching.distil import check_segment
-    from fedistill.methods.registry import method_of
-    from fedistill.models.flat import device_of
     from fedistill.site.describe import task_of
+    from fedistill.site.feasible import check_budget, check_settings
 
-    method_of(config)
-    architectures(config)
-    device_of(config.device)
-    check_segment(config)
+    if config.server_data != "same":
+        raise FedistillError(
+            "deployment-only", f"server_data={config.server_data} is for real sites: leave it out to simulate."
+        )
     data = load_data(config)
-    task_of(data).operations(config)
+    check_settings(config, task_of(data))
     check_budget(config, data)
-    partition(data, config)
+    parts = partition(data, config)
+    return combined(data.at(index, name).fingerprint for name, index in zip(parts.names, parts.index, strict=True))
 
 
-def _finished(out: Path, config: Config) -> bool:
-    seeds = range(config.seed, config.seed + config.seeds)
-    return (out / "summary.json").exists() and all((out / f"seed-{s}" / "federated.json").exists() for s in seeds)
+def _finished(out: Path, config: Config, fingerprint: str) -> bool:
+    """Whether the folder holds the summary of this very run. Raises `FedistillError` if the data have changed since."""
+    if not (out / "summary.json").exists():
+        return False
+    summary = read_json(out / "summary.json")
+    if summary["data"]["fingerprint"] != fingerprint:
+        raise FedistillError("other-run", f"The data have changed since the run in {out}: choose another folder.")
+    return summary["seeds"] == list(range(config.seed, config.seed + config.seeds))
 
 
 def app_folder() -> Path:

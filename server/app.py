@@ -25,6 +25,8 @@ from fedistill.evaluation.arms import evaluate_arms
 from fedistill.events import EventLog, claim_folder
 from fedistill.files import write_json
 from fedistill.report.summary import write_summary
+from fedistill.simulation import absolute
+from fedistill.site.feasible import check_settings
 from fedistill.synthetic.store import load_set, save_set
 from server.stages import Run, agree, collect_sets, describe_sites, evaluate_at_sites
 
@@ -35,8 +37,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Every seed, then the summary. A `FedistillError` is written to `error.json` before it ends the run."""
     config = make_config(context.run_config).resolved()
-    out = Path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{context.run_id}").absolute()
-    config = dataclasses.replace(config, out=str(out))
+    config = dataclasses.replace(config, out=config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{context.run_id}")
+    config = absolute(config)  # the processes of a simulation may have other working directories
+    out = Path(config.out)
     log(INFO, "Run folder: %s", out)
     claim_folder(out, config)
     (out / "error.json").unlink(missing_ok=True)
@@ -76,9 +79,12 @@ def run_seed(grid: Grid, config: Config, events: EventLog) -> None:
     run = Run(grid, dataclasses.replace(config, out="", work=work), folder, events)
 
     with run.stage("describe"):
-        expected = len(parts.names) if parts is not None else config.sites or max(config.quorum, 1)
+        expected = len(parts.names) if parts is not None else config.sites
+        if not expected:
+            raise FedistillError("no-number", "sites=0: say how many sites take part, so that none is left out.")
         nodes, needed = describe_sites(run, expected, parts.names if parts is not None else ())
         task = agree(run.sites())
+        check_settings(config, task)
     with run.stage("collect"):
         if not (folder / "merged").exists():
             save_set(collect_sets(run, nodes, task, needed), folder / "merged")

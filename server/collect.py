@@ -173,9 +173,9 @@ def with_arrays(content: RecordDict, record: str, arrays: Arrays) -> RecordDict:
     return content
 
 
-def slice_job(config: Config, round: int, context: SyntheticSet | None) -> RecordDict:
+def slice_job(config: Config, round: int, run: str, context: SyntheticSet | None) -> RecordDict:
     """A message that asks for one slice of work; `context` is the merged set of the round before."""
     if context is None:
-        return job(config, round=round, seconds=config.slice_seconds)
+        return job(config, round=round, run=run, seconds=config.slice_seconds)
     arrays, text = encode(context)
-    return with_arrays(job(config, round=round, seconds=config.slice_seconds, context=text), "context", arrays)
+    return with_arrays(job(config, round=round, run=run, seconds=config.slice_seconds, context=text), "context", arrays)

@@ -87,9 +87,10 @@ def read_description(value: Any) -> dict[str, Any]:
         _nonsense("has not one count per class")
     if not isinstance(geometry, list) or len(geometry) != 3 or not all(_is_count(g) for g in geometry):
         _nonsense("has no geometry")
-    if not isinstance(value.get("site"), str) or not isinstance(value.get("modality"), str):
-        _nonsense("has no name or no modality")
-    return value
+    words = {k: value.get(k) for k in ("site", "modality", "fingerprint")}
+    if not all(isinstance(w, str) and 0 < len(w) <= LONGEST for w in words.values()):
+        _nonsense("has no name, no modality or no fingerprint")
+    return {**words, "class_names": names, "counts": counts, "geometry": geometry}
 
 
 def _is_count(value: Any) -> bool:

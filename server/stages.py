@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,11 @@ class Run:
         """Site name -> what it said of itself, its status, and the figures of its work."""
         return self._read("sites.json")
 
+    @property
+    def word(self) -> str:
+        """Tells this run from others that share the sites' work folders."""
+        return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+
     def record(self, name: str, **facts: Any) -> None:
         """Add to what is known of a site."""
         sites = self.sites()
@@ -75,7 +81,7 @@ class Run:
             self._write("curves.json", curves, {site: [[k, known[k]] for k in sorted(known)]})
 
     def set_folder(self, round: int, site: str) -> Path:
-        return self.folder / f"round-{round}" / quote(site, safe=" ")
+        return self.folder / f"round-{round}" / f"site-{quote(site, safe='')}"
 
     def _read(self, name: str) -> dict[str, Any]:
         return dict(read_json(self.folder / name)) if (self.folder / name).exists() else {}
@@ -116,6 +122,14 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
     needed = run.config.quorum or -(-len(nodes) // 2)
     if len(names) < needed:
         raise _below(needed, len(names), [("a site", f.reason) for f in failures.values()])
+    known = run.sites()
+    for about in said.values():
+        before = known.get(about["site"], about)
+        if before["fingerprint"] != about["fingerprint"]:
+            raise FedistillError(
+                "other-run",
+                f"The data of site '{about['site']}' have changed since this run began: choose another folder.",
+            )
     for about in said.values():
         run.record(about["site"], **about)
         run.note(about["site"], "describe", "done", message=f"{sum(about['counts'])} training images")
@@ -148,7 +162,7 @@ def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int) ->
     """
     sets: dict[str, SyntheticSet] = {}
     for round in range(1, run.config.rounds + 1):
-        content = slice_job(run.config, round, merge(list(sets.values())) if sets else None)
+        content = slice_job(run.config, round, run.word, merge(list(sets.values())) if sets else None)
         there = {site: run.set_folder(round, site) for site in run.sites()}
         finished = {site: load_set(folder) for site, folder in there.items() if folder.exists()}
         first = {node: content for node, site in nodes.items() if site not in finished}
@@ -220,10 +234,13 @@ def elect(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) 
         for name, table in tables.items():
             totals[name] += torch.tensor(table)
     merit = {name: from_confusion(total)["balanced_accuracy"] or 0.0 for name, total in totals.items()}
-    return {
-        model: models[max((n for n in models if n.startswith(f"{model}@")), key=lambda n: merit[n])]
-        for model in architectures(run.config)
-    }
+    elected = {}
+    for model in architectures(run.config):
+        names = [name for name in models if name.startswith(f"{model}@")]
+        if not names:
+            raise FedistillError("diverged", f"Every {model} diverged on the merged set: see its contact sheet.")
+        elected[model] = models[max(names, key=lambda name: merit[name])]
+    return elected
 
 
 def _counts(

@@ -50,11 +50,25 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
         (lambda x, y: (x, y - 1), "labels run from -1"),
         (lambda x, y: (x, y * 0), "All labels are the same"),
         (lambda x, y: (x[:3], y[:3]), "has only 3 training images"),
+        (lambda x, y: (x[:0], y[:0]), "images has shape"),
+        (lambda x, y: (x[..., :8], y), "square"),
+        (lambda x, y: (x.numpy(), y), "torch.from_numpy"),
+        (lambda x, y: (x, y * 2), "No image has label 1"),
     ],
 )
 def test_bad_tensors_are_one_sentence(spoil, sentence: str) -> None:
     with pytest.raises(FedistillError, match=sentence):
         fedistill.distill(*spoil(*images()), ipc=2, **TINY)
+
+
+def test_the_caller_keeps_its_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fedistill.distill(*images(), ipc=1, **TINY)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_importing_fedistill_does_not_import_torch() -> None:

@@ -50,6 +50,14 @@ def fedistill(monkeypatch, capsys):
         (["simulate", "--partition", "dirichlt"], "did you mean 'dirichlet'"),
         (["simulate", "--set", "eval_models=convnet,mpl"], "did you mean 'mlp'"),
         (["simulate", "--set", "augment=flip,rotat"], "did you mean 'rotate'"),
+        (["simulate", "--set", "window=3"], "window=3.0 is too large: it must be at most 1"),
+        (["simulate", "--method", "prune", "--set", "mask_keep=2"], "mask_keep=2.0 is too large"),
+        (["simulate", "--set", "depth=6"], "depth=6 halves images of 28 pixels to nothing"),
+        (["simulate", "--set", "model=convnt"], "did you mean 'convnet'"),
+        (["simulate", "--set", "server_data=none"], "server_data=none is for real sites"),
+        (["distill", "--out", "set", "--set", "expert_steps=5"], "segment=4 needs more checkpoints"),
+        (["distill", "--out", "set", "--method", "pmt"], "did you mean 'ptm'"),
+        (["distill", "--out", "set", "--set", "rounds=2"], "rounds and seeds belong to a federation"),
         (["simulate", "--set", "device=cuda"], "device=cuda is not available"),
         (["simulate", "--data", "nowhere.npz"], "nowhere.npz"),
         (["simulate", "--data", "pneumoniamnst"], "did you mean 'pneumoniamnist'"),
@@ -76,6 +84,24 @@ def test_a_folder_of_another_run_is_refused_and_kept(fedistill, tmp_path: Path) 
     assert code == 2
     assert "neither empty nor a run" in err
     assert (tmp_path / "run" / "thesis.txt").read_text() == "irreplaceable"
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(fedistill, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("thesis")
+    code, _, err = fedistill("simulate", "--data", "phantom", "--out", tmp_path / "run")
+    assert code == 2
+    assert "is a file" in err
+
+
+def test_an_error_in_a_worker_process_is_still_one_sentence(fedistill, tmp_path: Path) -> None:
+    settings = ["workers=2" if a == "workers=1" else a for a in TINY]
+    code, _, err = fedistill("distill", "--out", tmp_path / "set", *settings, "--set", "expert_lr=1e30")
+    assert code == 2
+    assert "An expert diverged" in err
+
+
+def test_slices_of_no_length_still_get_somewhere(fedistill, tmp_path: Path) -> None:
+    assert fedistill("distill", "--out", tmp_path / "set", *TINY, "--set", "slice_seconds=0")[0] == 0
 
 
 def test_distill_then_evaluate(fedistill, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,6 +29,11 @@ class Split:
     def counts(self, classes: int) -> list[int]:
         """Images of each class."""
         return torch.bincount(self.labels, minlength=classes).tolist()
+
+
+def combined(fingerprints: Iterable[str]) -> str:
+    """One fingerprint for the data of several sites, whatever their order."""
+    return hashlib.sha256("".join(sorted(fingerprints)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,8 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every pixel and label: the same images in the same order give the same word."""
-        digest = hashlib.sha256(repr((self.class_names, self.geometry)).encode())
+        """A hash over every pixel and label: the same images in the same order, of the same modality, give the same word."""
+        digest = hashlib.sha256(repr((self.class_names, self.geometry, self.modality)).encode())
         for split in self.splits.values():
             for tensor in (split.images, split.labels):
                 digest.update(tensor.contiguous().numpy().tobytes())

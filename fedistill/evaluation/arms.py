@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedistill.config import Config
+from fedistill.config import ALGORITHM, Config
 from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import Partition
 from fedistill.errors import FedistillError, unknown
@@ -26,7 +26,6 @@ from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import encode, size
 
-ARMS = ("distilled", "random_real", "local_only", "centralised")
 Notify = Callable[[int, int, str], None]  # (step, total, message)
 
 
@@ -75,7 +74,8 @@ def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSe
     yield Arm("random_real", [of_split(random, data.classes)], len(random) * pixels)
     local = [data.train.take(i["train"]) for name, i in zip(part.names, part.index, strict=True) if name in counts]
     yield Arm("local_only", [of_split(split, data.classes) for split in local], 0)
-    yield Arm("centralised", [of_split(data.train, data.classes)], len(data.train) * pixels)
+    everything = data.train.take(torch.cat([index["train"] for index in part.index]).sort().values)
+    yield Arm("centralised", [of_split(everything, data.classes)], len(everything) * pixels)
 
 
 def evaluate_arms(
@@ -154,7 +154,8 @@ def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
         figures[name] = mean_std(over_sites)
     classes = range(len(runs[0].scores[0]["per_class_recall"]))
     figures["per_class_recall"] = [
-        mean_std([mean_std([run.scores[n]["per_class_recall"][c] for run in runs])["mean"] for n in nets]) for c in classes
+        mean_std([mean_std([run.scores[n]["per_class_recall"][c] for run in runs])["mean"] for n in nets])
+        for c in classes
     ]
     figures["learning_rate"] = [run.learning_rate for run in runs]
     figures["seconds"] = sum(run.seconds for run in runs)
@@ -172,7 +173,7 @@ def _key(config: Config, model: str, materials: Sequence[Material], tested_on: s
         config.modality,
     )
     digest = hashlib.sha256(
-        repr((model, tested_on, config.seed, LEARNING_RATES, settings, config.width, config.depth)).encode()
+        repr((ALGORITHM, model, tested_on, config.seed, LEARNING_RATES, settings, config.width, config.depth)).encode()
     )
     for material in materials:
         digest.update(material.images.numpy().tobytes())

@@ -18,7 +18,7 @@ from fedistill.data.public import normalise
 from fedistill.evaluation.metrics import score
 from fedistill.experts.train import Task, class_weights
 from fedistill.matching.student import soft_cross_entropy
-from fedistill.memory import keep_freed_memory
+from fedistill.memory import keep_freed_memory, one_thread
 from fedistill.models.augment import augment, draw
 from fedistill.models.flat import Flat, device_of
 from fedistill.seeding import generator
@@ -116,10 +116,10 @@ def fit_all(
     return [torch.from_numpy(theta) for theta in Parallel(n_jobs=config.worker_count(), backend="loky")(jobs)]
 
 
+@one_thread()
 def _fit_one(
     config: Config, task: Task, model: str, images: np.ndarray, labels: np.ndarray, lr: float, seed: int
 ) -> np.ndarray:
     keep_freed_memory()
-    torch.set_num_threads(1)
     material = Material(torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels)))
     return fit(config, task, model, material, lr=lr, seed=seed).numpy()

@@ -45,8 +45,8 @@ def score(probabilities: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def mean_std(values: list[float | None]) -> dict[str, float | None]:
-    """Mean and sample standard deviation (0 for one value) of the values that exist."""
+    """Mean and sample standard deviation (None for one value) of the values that exist."""
     there = [v for v in values if v is not None]
     if not there:
         return {"mean": None, "std": None}
-    return {"mean": float(np.mean(there)), "std": float(np.std(there, ddof=1)) if len(there) > 1 else 0.0}
+    return {"mean": float(np.mean(there)), "std": float(np.std(there, ddof=1)) if len(there) > 1 else None}

@@ -16,7 +16,7 @@ from fedistill.data.dataset import Split
 from fedistill.data.public import augmentations, normalise
 from fedistill.experts import trajectory
 from fedistill.files import read_tensors, write_tensors
-from fedistill.memory import keep_freed_memory
+from fedistill.memory import keep_freed_memory, one_thread
 from fedistill.models.augment import augment, draw, parse_operations
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.nets import build
@@ -94,10 +94,10 @@ def _steps_done(folder: Path, expert: int, config: Config) -> int:
     return int(read_tensors(partial)[1]["step"]) if partial.exists() else 0
 
 
+@one_thread()
 def _train_one(config: Config, task: Task, train: Split, folder: Path, site: str, expert: int, until: float) -> None:
     """theta <- theta - lr * grad of the weighted cross-entropy, on batches drawn with replacement."""
     keep_freed_memory()
-    torch.set_num_threads(1)
     net, operations = task.network(config.model, config), task.operations(config)
     device = device_of(config.device)
     weights = class_weights(train.labels, task.classes).to(device) if config.class_weights else None

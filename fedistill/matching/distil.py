@@ -236,7 +236,6 @@ class Plan:
 
     start: Tensor
     target: Tensor
-    stop: int
     batches: list[Batch]
 
 
@@ -250,7 +249,7 @@ class Outcome:
 def _plan(matching: Matching, state: State, rng: torch.Generator) -> Plan:
     config = matching.config
     trajectory = matching.trajectories[int(torch.randint(len(matching.trajectories), (1,), generator=rng))]
-    segment: Segment = matching.method.schedule(state.iteration, config.iterations * config.rounds, matching.reach, rng)
+    segment = _segment(matching, state, rng)
     begin, target = trajectory[segment.start], trajectory[segment.stop]
     # A far end needs more student steps (at most twice as many), else no synthetic set could reach it.
     first = (trajectory[config.segment] - trajectory[0]).norm()
@@ -260,7 +259,12 @@ def _plan(matching: Matching, state: State, rng: torch.Generator) -> Plan:
         _batch(index.to(begin.device), draw(matching.operations, rng))
         for index in _indices(total, min(config.syn_batch, total), steps, rng)
     ]
-    return Plan(begin, target, segment.stop, batches)
+    return Plan(begin, target, batches)
+
+
+def _segment(matching: Matching, state: State, rng: torch.Generator) -> Segment:
+    total = matching.config.iterations * matching.config.rounds
+    return matching.method.schedule(state.iteration, total, matching.reach, rng)
 
 
 def _indices(total: int, size: int, steps: int, rng: torch.Generator) -> list[Tensor]:
@@ -342,7 +346,7 @@ def _mitigate(matching: Matching, state: State) -> None:
     limits, checkpoints = matching.bundle.overlap_limits, len(matching.trajectories[0])
     if not limits:
         return
-    stop = matching.method.schedule(state.iteration, matching.config.iterations, matching.reach, state.rng).stop
+    stop = _segment(matching, state, state.rng).stop
     stage = round((len(limits) - 1) * stop / (checkpoints - 1))
     thetas = [t[stop] for t in matching.trajectories[:3]]
 
@@ -358,14 +362,17 @@ def _mitigate(matching: Matching, state: State) -> None:
 
 
 def distil(matching: Matching, state: State, *, iterations: int, until: float) -> None:
-    """Iterate in place up to iteration `iterations`, or until the clock (`time.monotonic`) says `until`.
-
-    Raises `FedistillError` when more than half of all iterations had to be skipped: the result would be the starting noise.
-    """
+    """Iterate in place up to iteration `iterations`, or until the clock (`time.monotonic`) says `until`."""
     keep_freed_memory()
-    while state.iteration < iterations and time.monotonic() < until:
+    while state.iteration < iterations:
         iterate(matching, state)
-    if state.iteration >= iterations and state.skipped > 0.5 * state.iteration:
+        if time.monotonic() >= until:  # after the iteration: every slice gets somewhere
+            break
+
+
+def check_skips(matching: Matching, state: State) -> None:
+    """Raise `FedistillError` when more than half of all iterations had to be skipped: the result would be noise."""
+    if state.skipped > 0.5 * state.iteration:
         raise FedistillError(
             "all-skipped",
             f"{state.skipped} of {state.iteration} iterations had a matching loss above skip_above={matching.config.skip_above:g}: "

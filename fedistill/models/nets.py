@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedistill.errors import unknown
+from fedistill.errors import FedistillError, unknown
 
 
 class ConvNet(nn.Module):
@@ -97,10 +97,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "
 
 
 def build(name: str, geometry: tuple[int, int, int], classes: int, *, width: int = 32, depth: int = 3) -> nn.Module:
-    """A network for images of `geometry` (C, H, W). `width` and `depth` are the ConvNet's. Raises on an unknown name."""
+    """A network for images of `geometry` (C, H, W). `width` and `depth` are the ConvNet's. Raises on an unknown
+    name and on more blocks than the images have room for."""
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     channels, size = geometry[0], geometry[1:]
     if name == "convnet":
+        if min(size) >> depth < 1:
+            raise FedistillError(
+                "too-deep", f"depth={depth} halves images of {min(size)} pixels to nothing: lower depth."
+            )
         return ConvNet(channels, classes, size, width=width, depth=depth)
     return MODELS[name](channels, classes, size)

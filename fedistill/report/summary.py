@@ -1,4 +1,4 @@
-"""`summary.json` and `report.html` of a run, from the files that its phases left in the run folder.
+"""`summary.json`, `report.html` and `results.md` of a run, from the files that its phases left in the run folder.
 
 The format of `summary.json` is stable ("fedistill-summary/1") and documented in docs/summary.md.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 
 from fedistill.config import Config, make_config
+from fedistill.data.dataset import combined
 from fedistill.evaluation.metrics import NAMES, from_confusion, mean_std
 from fedistill.events import read_events
 from fedistill.files import read_json, write_bytes, write_json
 from fedistill.report.page import render_report
+from fedistill.report.tables import arms_markdown, verdict
 from fedistill.site.job import versions
 from fedistill.synthetic.store import load_set
 
@@ -32,7 +33,7 @@ _ENDS = {"late": "answered late"}
 
 
 def write_summary(config: Config, run: Path) -> Json:
-    """Write `summary.json` and `report.html` of the run in folder `run`, and return the summary."""
+    """Write `summary.json`, `report.html` and `results.md` of the run in folder `run`, and return the summary."""
     folders = [run / f"seed-{seed}" for seed in range(config.seed, config.seed + config.seeds)]
     summary = summarise(config, run, folders)
     first = read_json(folders[0] / "sites.json")
@@ -42,6 +43,9 @@ def write_summary(config: Config, run: Path) -> Json:
     page = render_report(summary, sets, {name: [(k, v) for k, v in curves.get(name, [])] for name in first})
     write_json(run / "summary.json", summary)
     write_bytes(run / "report.html", page.encode())
+    write_bytes(
+        run / "results.md", f"{arms_markdown(summary)}\n{verdict(summary)}\n\n    {summary['command']}\n".encode()
+    )
     return summary
 
 
@@ -76,7 +80,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
             "partition": config.partition,
             "train": sum(sum(a["counts"]) for a in sites[0].values()),
             "test": sum(a["images"] for a in federated.get("distilled", {}).values()) or None,
-            "fingerprint": sha256("".join(sorted(a["fingerprint"] for a in sites[0].values())).encode()).hexdigest()[:16],
+            "fingerprint": combined(a["fingerprint"] for a in sites[0].values()),
         },
         "sites": described,
         "arms": by_model.get(headline, {}),

@@ -4,7 +4,7 @@ Everything lives in the site's work folder, keyed by the site's data and the set
 at most one slice, and runs that differ only after the experts share them:
 
     <work>/<site>/<data and expert settings>/            experts, facts.json
-    <work>/<site>/<data and expert settings>/<settings>/ state.safetensors, progress.json, round-<r>/ (the released set)
+    <work>/<site>/<data and expert settings>/<settings>/ state.safetensors, progress-<r>.json, round-<r>/ (the released set)
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from fedistill.data.dataset import Dataset
 from fedistill.data.public import NORMALISATION, normalise
 from fedistill.experts.train import load_trajectory, train_experts
 from fedistill.files import read_json, write_json
-from fedistill.matching.distil import Bundle, Matching, State, distil, load_state, pool_of, prepare, save_state, start
+from fedistill.matching.distil import (
+    Bundle,
+    Matching,
+    State,
+    check_skips,
+    distil,
+    load_state,
+    pool_of,
+    prepare,
+    save_state,
+    start,
+)
 from fedistill.matching.overlap import overlap_limit
 from fedistill.models.flat import device_of
 from fedistill.site.describe import task_of
@@ -66,15 +77,18 @@ def advance(
     seconds: float,
     round: int = 1,
     context: SyntheticSet | None = None,
+    run: str = "",
 ) -> Progress:
-    """Work for about `seconds`, then say how far it got; "ready" when the set of this round can be released.
+    """Work for about `seconds`, then say how far it got; its phase is "ready" once the set of this round can be released.
 
     data: the site's own part. context: the merged set of the round before, of which the other sites' images are used.
+    run: a word for the federated run; runs of several rounds must differ in it, since what a site does in a later round
+    depends on the other sites of the run.
     Raises `FedistillError` where data or settings make the work impossible.
     """
-    folders = _Folders.of(config, data, site, work)
+    folders = _Folders.of(config, data, site, work, run)
     if (folders.release(round) / "manifest.json").exists():
-        return Progress(**_tupled(read_json(folders.progress)))
+        return Progress(**_tupled(read_json(folders.progress(round))))
     began, until = time.monotonic(), time.monotonic() + seconds
     spent = read_json(folders.seconds) if folders.seconds.exists() else {}
     if not folders.facts.exists():
@@ -115,6 +129,8 @@ def _distil_slice(
     before, total = state.iteration, config.iterations * round
     distil(matching, state, iterations=total, until=until)
     save_state(state, folders.state)
+    if state.iteration >= total:
+        check_skips(matching, state)
     _spend(folders, spent, f"distill-{folders.name}", began)
     ready = state.iteration >= total
     distilling = spent[f"distill-{folders.name}"]
@@ -132,14 +148,16 @@ def _distil_slice(
         done=ready,
     )
     if ready:
-        write_json(folders.progress, progress.__dict__)
+        write_json(folders.progress(round), progress.__dict__)
         save_set(quantise(_as_set(config, data, site, matching, state)), folders.release(round))
     return progress
 
 
-def released_set(config: Config, data: Dataset, site: str, work: Path, *, round: int = 1) -> SyntheticSet:
+def released_set(
+    config: Config, data: Dataset, site: str, work: Path, *, round: int = 1, run: str = ""
+) -> SyntheticSet:
     """The set of a round that `advance` reported ready, exactly as it travels."""
-    return load_set(_Folders.of(config, data, site, work).release(round))
+    return load_set(_Folders.of(config, data, site, work, run).release(round))
 
 
 def load_bundle(config: Config, data: Dataset, experts: Path) -> Bundle:
@@ -205,9 +223,9 @@ class _Folders:
     name: str
 
     @staticmethod
-    def of(config: Config, data: Dataset, site: str, work: Path) -> _Folders:
+    def of(config: Config, data: Dataset, site: str, work: Path, run: str) -> _Folders:
         experts = work / f"site-{quote(site, safe='')}" / f"{data.fingerprint}-{config.key('data', 'experts')}"
-        return _Folders(experts, config.key("distill"))
+        return _Folders(experts, config.key("distill") + (f"-{run}" if config.rounds > 1 else ""))
 
     @property
     def facts(self) -> Path:
@@ -221,9 +239,8 @@ class _Folders:
     def state(self) -> Path:
         return self.experts / self.name / "state.safetensors"
 
-    @property
-    def progress(self) -> Path:
-        return self.experts / self.name / "progress.json"
+    def progress(self, round: int) -> Path:
+        return self.experts / self.name / f"progress-{round}.json"
 
     def release(self, round: int) -> Path:
         return self.experts / self.name / f"round-{round}"

@@ -73,7 +73,7 @@ def test_confusions_of_sites_add_up_to_the_pooled_one() -> None:
 
 def test_deviations() -> None:
     assert mean_std([1.0, 3.0, None]) == {"mean": 2.0, "std": pytest.approx(2**0.5)}
-    assert mean_std([2.0])["std"] == 0
+    assert mean_std([2.0]) == {"mean": 2.0, "std": None}
     assert mean_std([None]) == {"mean": None, "std": None}
 
 

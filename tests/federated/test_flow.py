@@ -18,7 +18,7 @@ from client.app import app as client_app
 from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
-from fedistill.files import read_json
+from fedistill.files import read_json, write_json
 from fedistill.synthetic.store import load_set
 from server import app as server_app
 from server import collect, stages
@@ -93,7 +93,7 @@ def test_events_tell_the_story_of_a_site(finished: Path) -> None:
 def test_merged_set_is_what_the_sites_released(finished: Path) -> None:
     merged = load_set(finished / "seed-0" / "merged")
     for site in merged.sites:
-        own = load_set(finished / "seed-0" / "round-1" / site)
+        own = load_set(finished / "seed-0" / "round-1" / f"site-{site}")
         assert torch.equal(merged.images[merged.of_site(site)], own.images)
 
 
@@ -108,7 +108,7 @@ def test_finished_seed_asks_nothing_and_new_seeds_run(finished: Path, tmp_path: 
 def test_resume_asks_only_for_what_is_missing(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
-    for name in ("merged", "round-1/site-2"):
+    for name in ("merged", "round-1/site-site-2"):
         shutil.rmtree(out / "seed-0" / name)
     (out / "seed-0" / "federated.json").unlink()
     grid = run(out, work=str(out / "work"))
@@ -166,7 +166,7 @@ def test_a_late_site_is_left_out(tmp_path: Path) -> None:
 def test_later_rounds_build_on_the_merged_set(tmp_path: Path) -> None:
     run(tmp_path / "run", rounds=2)
     seed = tmp_path / "run/seed-0"
-    assert sorted(p.name for p in (seed / "round-2").iterdir()) == ["site-1", "site-2", "site-3"]
+    assert sorted(p.name for p in (seed / "round-2").iterdir()) == [f"site-site-{i}" for i in (1, 2, 3)]
     assert read_json(seed / "sites.json")["site-1"]["iterations"] == 8
 
 
@@ -191,6 +191,38 @@ def test_deployed_sites_keep_their_work_on_their_own_disks(tmp_path: Path) -> No
     assert load_set(tmp_path / "run/seed-0/merged").sites == ("north", "south")
     assert list((tmp_path / "disk-0").rglob("facts.json"))
     assert not (tmp_path / "run/work").exists()
+
+
+def test_a_site_may_have_any_name(tmp_path: Path) -> None:
+    run(tmp_path / "run", nodes=deployed(tmp_path, ["..", "St. Mary's / east"]), sites=2, server_data="none")
+    assert load_set(tmp_path / "run/seed-0/merged").sites == ("..", "St. Mary's / east")
+    assert (tmp_path / "run/seed-0/sites.json").exists()
+
+
+def test_a_server_without_data_must_know_how_many_sites_there_are(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match="sites=0: say how many"):
+        run(tmp_path / "run", nodes=deployed(tmp_path, ["north"]), sites=0, server_data="none")
+
+
+def test_changed_data_are_noticed_when_a_run_goes_on(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "seed-0" / "federated.json").unlink()
+    told = read_json(out / "seed-0" / "sites.json")
+    told["site-2"]["fingerprint"] = "of other images"
+    write_json(out / "seed-0" / "sites.json", told)
+    with pytest.raises(FedistillError, match="data of site 'site-2' have changed"):
+        run(out)
+
+
+def test_an_error_about_files_stays_at_a_real_site(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,label\nMueller_Anna_1957.png,a\n")
+    nodes = deployed(tmp_path, ["north", "south", "east"])
+    nodes[0]["data"] = str(tmp_path / "m.csv")
+    run(tmp_path / "run", nodes=nodes, sites=3, server_data="none")
+    everything = "".join(p.read_text() for p in (tmp_path / "run").rglob("*.json*"))
+    assert "Mueller" not in everything
+    assert "Mueller" in (tmp_path / "disk-0" / "errors.log").read_text()
 
 
 def test_two_sites_with_one_name(tmp_path: Path) -> None:

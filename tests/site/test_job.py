@@ -182,7 +182,9 @@ def test_distillation_beats_random_images_at_one_image_per_class(tmp_path: Path)
         ipc=1, iterations=160, syn_steps=8, segment=4, expert_steps=100, expert_batch=32, width=8, augment="none", image_lr=50.0,
         eval_steps=60,
     )  # fmt: skip
-    data = Dataset("patterns", "generic", ("a", "b", "c"), ("all",), patterns(300, 0), patterns(30, 1), patterns(300, 2))
+    data = Dataset(
+        "patterns", "generic", ("a", "b", "c"), ("all",), patterns(300, 0), patterns(30, 1), patterns(300, 2)
+    )
     task = task_of(data)
 
     def balanced(material: Material, seed: int) -> float:

@@ -1,0 +1,32 @@
+"""What can be checked before hours of work: settings against the task, the budget against the data."""
+
+from __future__ import annotations
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.errors import FedistillError
+from fedistill.evaluation.arms import architectures
+from fedistill.experts.train import Task
+from fedistill.matching.distil import check_segment
+from fedistill.methods.registry import method_of
+from fedistill.models.flat import device_of
+
+
+def check_settings(config: Config, task: Task) -> None:
+    """Raise `FedistillError` where a setting names nothing, or cannot work on images like these."""
+    method_of(config)
+    device_of(config.device)
+    check_segment(config)
+    task.operations(config)
+    for name in (config.model, *architectures(config)):
+        task.network(name, config)
+
+
+def check_budget(config: Config, data: Dataset) -> None:
+    """Raise `FedistillError` when the budget asks for more synthetic images than there are real ones."""
+    if config.ipc * data.classes > len(data.train):
+        raise FedistillError(
+            "budget",
+            f"ipc={config.ipc} asks for {config.ipc * data.classes} synthetic images, but {data.name} has only {len(data.train)} "
+            f"training images: use ipc={max(1, len(data.train) // data.classes // 2)} or less.",
+        )
