@@ -30,7 +30,11 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Train with one thread, and leave the caller's process as it was."""
+    """Work with one thread, and leave the caller's process as it was.
+
+    Small networks gain little from a second thread, lose much when other processes want the core, and their bits
+    depend on the number of threads.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

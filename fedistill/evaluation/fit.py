@@ -87,6 +87,7 @@ class Result:
     thetas: list[Tensor]
 
 
+@one_thread()
 def select_and_test(config: Config, task: Task, model: str, material: Material, val: Split, test: Split) -> Result:
     """Choose the learning rate on `val` with one network each, train `eval_nets` networks with it, score them on `test`."""
     began = time.monotonic()

@@ -38,6 +38,7 @@ from fedistill.matching.distil import (
     start,
 )
 from fedistill.matching.overlap import overlap_limit
+from fedistill.memory import one_thread
 from fedistill.models.flat import device_of
 from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet
@@ -68,6 +69,7 @@ class Progress:
     done: bool = False
 
 
+@one_thread()
 def advance(
     config: Config,
     data: Dataset,
