@@ -17,6 +17,12 @@ settings.register_profile("fedistill", deadline=None, max_examples=50)
 settings.load_profile("fedistill")
 
 
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Tests that draw from torch's global generator see the same numbers every time."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real medical images beside the checkout."""
