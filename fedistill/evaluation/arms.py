@@ -56,10 +56,18 @@ def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], se
     chosen = []
     for name, index in zip(part.names, part.index, strict=True):
         local, rng = data.train.take(index["train"]), generator(seed, "random-real", name)
-        for c, n in enumerate(counts.get(name, [])):
-            of_class = torch.nonzero(local.labels == c).flatten()
-            chosen.append(index["train"][of_class[torch.randperm(len(of_class), generator=rng)[:n]]])
+        if name in counts:
+            chosen.append(index["train"][draw_of_each(local.labels, counts[name], rng)])
     return data.train.take(torch.cat(chosen))
+
+
+def draw_of_each(labels: Tensor, counts: Sequence[int], rng: torch.Generator) -> Tensor:
+    """Random positions in `labels` `(n,)`, `counts[c]` of each class c."""
+    chosen = []
+    for c, n in enumerate(counts):
+        of_class = torch.nonzero(labels == c).flatten()
+        chosen.append(of_class[torch.randperm(len(of_class), generator=rng)[:n]])
+    return torch.cat(chosen)
 
 
 def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSet) -> Iterator[Arm]:

@@ -9,7 +9,7 @@ import torch
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
-from fedistill.evaluation.arms import architectures, figures_of
+from fedistill.evaluation.arms import architectures, draw_of_each, figures_of
 from fedistill.evaluation.fit import Material, of_split, select_and_test
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
@@ -29,11 +29,8 @@ def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict
                 f"The set and {data.name} do not fit: {what} is {getattr(synthetic, what)} and {getattr(data, what)}.",
             )
     counts = torch.bincount(synthetic.hard_labels, minlength=data.classes).tolist()
-    rng, chosen = generator(config.seed, "random-real", "all"), []
-    for c, n in enumerate(counts):
-        of_class = torch.nonzero(data.train.labels == c).flatten()
-        chosen.append(of_class[torch.randperm(len(of_class), generator=rng)[:n]])
-    random = data.train.take(torch.cat(chosen))
+    rng = generator(config.seed, "random-real", "all")
+    random = data.train.take(draw_of_each(data.train.labels, counts, rng))
     materials = {
         "distilled": (Material(synthetic.images, synthetic.labels), size(*encode(synthetic))),
         "random_real": (of_split(random, data.classes), random.images.numel()),

@@ -15,6 +15,7 @@ import torch
 
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import combined
+from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.metrics import NAMES, from_confusion, mean_std
 from fedistill.events import read_events
 from fedistill.files import read_json, write_bytes, write_json
@@ -55,7 +56,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
     arms = [read_json(folder / "arms.json") for folder in folders if (folder / "arms.json").exists()]
     about = next(iter(sites[0].values()))
     class_names = about["class_names"]
-    headline = config.eval_models.split(",")[0].strip()
+    headline = architectures(config)[0]
     if arms:
         by_model = {model: _arms([a[model] for a in arms], class_names) for model in arms[0]}
     else:  # a server without data knows only what the sites counted
