@@ -13,7 +13,7 @@ from typing import Any
 from fedistill.errors import FedistillError, unknown
 
 # Part of every key of stored work: raise it when the same settings no longer give the same result.
-ALGORITHM = 1
+ALGORITHM = 2
 
 
 def _key(
@@ -45,12 +45,18 @@ class Config:
     seed: int = _key(0, "seed of everything that is not a privacy mechanism", scope="data", low=0)
     modality: str = _key("auto", "sets normalisation and safe augmentations; auto: what the source says", scope="data")
     image_size: int = _key(0, "resize images to this many pixels; 0: as stored", scope="data", low=0)
+    task: str = _key(
+        "auto",
+        "multiclass, multilabel, ordinal, or auto (as the source says)",
+        scope="data",
+        choices=("auto", "multiclass", "multilabel", "ordinal"),
+    )
     phantom_images: int = _key(900, "training images of the built-in phantoms", scope="data", low=1)
     phantom_classes: int = _key(4, "classes of the built-in phantoms (2 to 6)", scope="data", low=2)
     phantom_channels: int = _key(1, "1: grey, 3: colour", scope="data", low=1)
     phantom_size: int = _key(28, "pixels per side of the built-in phantoms", scope="data", low=16)
 
-    model: str = _key("convnet", "architecture of the experts", scope="experts")
+    model: str = _key("convnet", "architectures of the experts, a comma list: experts take turns", scope="experts")
     width: int = _key(32, "channels of the ConvNet", scope="experts", low=1)
     depth: int = _key(3, "blocks of the ConvNet", scope="experts", low=1)
     augment: str = _key("auto", "auto (safe for the modality), none, or a comma list of operations", scope="experts")
@@ -66,6 +72,12 @@ class Config:
     preset: str = _key("standard", "amount of work: quick, standard or thorough", scope="run")
     method: str = _key("ptm", "distillation method (see `fedistill methods`)", scope="distill")
     ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1)
+    budget: str = _key(
+        "equal",
+        "how ipc is spread over classes: equal, or proportional to their images (proportional) or the root (sqrt)",
+        scope="distill",
+        choices=("equal", "proportional", "sqrt"),
+    )
     init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))
     labels: str = _key(
         "auto",
@@ -75,12 +87,11 @@ class Config:
     )
     mask: str = _key(
         "auto",
-        "parameters that are matched: none, prune, or auto (as the method says)",
+        "parameters that are matched: none, prune, grow, drop-easy, or auto (as the method says)",
         scope="distill",
-        choices=("auto", "none", "prune"),
     )
     mask_keep: float = _key(
-        0.9, "share of the parameters that prune keeps: the easiest to match", scope="distill", low=0.01, high=1.0
+        0.9, "share of the parameters that a mask keeps (grow: to begin with)", scope="distill", low=0.01, high=1.0
     )
     overlap: str = _key(
         "auto",
@@ -103,6 +114,17 @@ class Config:
     )
     label_lr: float = _key(
         0.2, "learning rate of soft labels, times the images per student step", scope="distill", low=0.0
+    )
+    pixel_lr: float = _key(
+        0.05, "learning rate (Adam) of the images of methods that read real images", scope="distill", low=0.0
+    )
+    real_batch: int = _key(32, "real images per class and iteration of methods that read them", scope="distill", low=1)
+    shape_weight: float = _key(0.5, "weight of the path's shape in hop", scope="distill", low=0.0)
+    compile: str = _key(
+        "auto",
+        "compile the student's derivatives: on, off, or auto (where it is expected to pay)",
+        scope="distill",
+        choices=("auto", "on", "off"),
     )
     step_lr: float = _key(0.1, "learning rate of the logarithm of the student's step size", scope="distill", low=0.0)
     skip_above: float = _key(1.5, "an iteration with a larger matching loss takes no step", scope="distill", low=0.0)

@@ -39,6 +39,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote."""
+    return load_file(path), read_about(path)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """The JSON value of `write_tensors`, without reading the tensors."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return load_file(path), json.loads(header["__metadata__"]["about"])
+    return dict(json.loads(header["__metadata__"]["about"]))

@@ -47,6 +47,7 @@ class Dataset:
     train: Split
     val: Split
     test: Split
+    kind: str = "multiclass"
 
     @property
     def classes(self) -> int:

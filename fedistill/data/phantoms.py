@@ -63,7 +63,7 @@ def phantom_data(config: Config) -> Dataset:
         images = _draw(labels, site, channels, config.phantom_size, generator)
         parts[key] = Split(images.mul_(255).round_().to(torch.uint8), labels, site)
     names = tuple(scanner.name for scanner in SCANNERS)
-    return Dataset("phantom", "phantom", CLASSES[:classes], names, **parts)
+    return Dataset("phantom", "phantom", CLASSES[:classes], names, parts["train"], parts["val"], parts["test"])
 
 
 def phantom_images(n: int, channels: int, size: int, generator: torch.Generator, classes: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,14 +77,15 @@ def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSe
         name: torch.bincount(merged.hard_labels[merged.of_site(name)], minlength=data.classes).tolist()
         for name in merged.sites
     }
-    pixels = data.geometry[0] * data.geometry[1] * data.geometry[2]  # bytes of a real image
+    task = task_of(data)
+    pixels = math.prod(data.geometry)  # bytes of a real image
     yield Arm("distilled", [Material(merged.images, merged.labels)], size(*encode(merged)))
     random = random_real(data, part, counts, config.seed)
-    yield Arm("random_real", [of_split(random, data.classes)], len(random) * pixels)
+    yield Arm("random_real", [of_split(random, task)], len(random) * pixels)
     local = [data.train.take(i["train"]) for name, i in zip(part.names, part.index, strict=True) if name in counts]
-    yield Arm("local_only", [of_split(split, data.classes) for split in local], 0)
+    yield Arm("local_only", [of_split(split, task) for split in local], 0)
     everything = data.train.take(torch.cat([index["train"] for index in part.index]).sort().values)
-    yield Arm("centralised", [of_split(everything, data.classes)], len(everything) * pixels)
+    yield Arm("centralised", [of_split(everything, task)], len(everything) * pixels)
 
 
 def evaluate_arms(
@@ -149,7 +151,7 @@ def confusion_at(config: Config, data: Dataset, model: str, theta: Tensor, split
     net = task.network(model, config)
     if theta.shape != (net.size,) or not torch.isfinite(theta).all():
         raise FedistillError("bad-model", f"The global model does not fit: {model} has {net.size} finite parameters.")
-    probabilities = predict(net, theta.to(device), part.images, task.modality)
+    probabilities = predict(net, theta.to(device), part.images, task)
     return confusion(part.labels, probabilities.argmax(1), task.classes)
 
 

@@ -16,13 +16,12 @@ from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.public import normalise
 from fedistill.evaluation.metrics import score
-from fedistill.experts.train import Task, class_weights
-from fedistill.matching.student import soft_cross_entropy
+from fedistill.experts.train import Task
 from fedistill.memory import keep_freed_memory, one_thread
 from fedistill.models.augment import augment, draw
 from fedistill.models.flat import Flat, device_of
+from fedistill.models.loss import answers_of, class_weights, loss_of, targets_of
 from fedistill.seeding import generator
-from fedistill.synthetic.set import one_hot
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
@@ -35,8 +34,8 @@ class Material:
     labels: Tensor
 
 
-def of_split(split: Split, classes: int) -> Material:
-    return Material(split.images, one_hot(split.labels, classes))
+def of_split(split: Split, task: Task) -> Material:
+    return Material(split.images, targets_of(split.labels, task.classes, task.kind))
 
 
 def fit(config: Config, task: Task, model: str, material: Material, *, lr: float, seed: int) -> Tensor:
@@ -45,7 +44,7 @@ def fit(config: Config, task: Task, model: str, material: Material, *, lr: float
     rng = generator(seed, "global", model)
     theta = net.initial(rng).to(device)
     velocity = torch.zeros_like(theta)
-    weights = class_weights(material.labels.argmax(1), task.classes).to(device)
+    weights = class_weights(material.labels, kind=task.kind).to(device) if config.class_weights else None
     batch = min(config.eval_batch, len(material.images))
     order = torch.empty(0, dtype=torch.int64)
     for step in range(config.eval_steps):
@@ -54,11 +53,8 @@ def fit(config: Config, task: Task, model: str, material: Material, *, lr: float
         index, order = order[:batch], order[batch:]
         x = augment(_batch(material.images[index], task.modality).to(device), draw(operations, rng))
         y = material.labels[index].to(device)
-        if config.class_weights:
-            y = y * weights
-            y = y * (len(y) / y.sum())
         theta.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(soft_cross_entropy(net(theta, x), y), theta)
+        (gradient,) = torch.autograd.grad(loss_of(task.kind, net(theta, x), y, weights), theta)
         theta = theta.detach()
         velocity = 0.9 * velocity + gradient + 5e-4 * theta
         theta = theta - (lr if step < config.eval_steps // 2 else 0.1 * lr) * velocity
@@ -70,10 +66,10 @@ def _batch(images: Tensor, modality: str) -> Tensor:
 
 
 @torch.no_grad()
-def predict(net: Flat, theta: Tensor, images: Tensor, modality: str) -> Tensor:
-    """Class probabilities `(n, K)` of uint8 images; a network that diverged gives every class the same."""
-    parts = [net(theta, _batch(part, modality).to(theta.device)).softmax(1).cpu() for part in images.split(256)]
-    probabilities = torch.cat(parts)
+def predict(net: Flat, theta: Tensor, images: Tensor, task: Task) -> Tensor:
+    """Probabilities `(n, K)` of uint8 images; a network that diverged gives every class the same."""
+    logits = [net(theta, _batch(part, task.modality).to(theta.device)).cpu() for part in images.split(256)]
+    probabilities = answers_of(task.kind, torch.cat(logits))
     return probabilities.nan_to_num(nan=1 / probabilities.shape[1])
 
 
@@ -95,12 +91,12 @@ def select_and_test(config: Config, task: Task, model: str, material: Material, 
     searched = fit_all(config, task, model, material, [(lr, config.seed) for lr in LEARNING_RATES])
     chosen = max(
         range(len(LEARNING_RATES)),
-        key=lambda i: _merit(score(predict(net, searched[i], val.images, task.modality), val.labels)),
+        key=lambda i: _merit(score(predict(net, searched[i], val.images, task), val.labels)),
     )
     lr = LEARNING_RATES[chosen]
     more = [(lr, config.seed + 1000 * n) for n in range(1, config.eval_nets)]
     thetas = [searched[chosen], *fit_all(config, task, model, material, more)]
-    scores = [score(predict(net, theta, test.images, task.modality), test.labels) for theta in thetas]
+    scores = [score(predict(net, theta, test.images, task), test.labels) for theta in thetas]
     return Result(scores, lr, time.monotonic() - began, thetas)
 
 

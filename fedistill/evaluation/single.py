@@ -33,7 +33,7 @@ def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict
     random = data.train.take(draw_of_each(data.train.labels, counts, rng))
     materials = {
         "distilled": (Material(synthetic.images, synthetic.labels), size(*encode(synthetic))),
-        "random_real": (of_split(random, data.classes), random.images.numel()),
+        "random_real": (of_split(random, task_of(data)), random.images.numel()),
     }
     model, task = architectures(config)[0], task_of(data)
     arms = {

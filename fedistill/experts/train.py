@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from joblib import Parallel, delayed
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.public import augmentations, normalise
+from fedistill.errors import FedistillError
 from fedistill.experts import trajectory
-from fedistill.files import read_tensors, write_tensors
+from fedistill.files import read_about, read_tensors, write_tensors
 from fedistill.memory import keep_freed_memory, one_thread
 from fedistill.models.augment import augment, draw, parse_operations
 from fedistill.models.flat import Flat, device_of
+from fedistill.models.loss import class_weights, loss_of, targets_of
 from fedistill.models.nets import build
 from fedistill.seeding import generator
 
@@ -30,6 +31,7 @@ class Task:
     geometry: tuple[int, int, int]
     class_names: tuple[str, ...]
     modality: str
+    kind: str = "multiclass"
 
     @property
     def classes(self) -> int:
@@ -49,83 +51,78 @@ class Task:
         return parse_operations(config.augment)
 
 
-def class_weights(labels: Tensor, classes: int, *, limit: float = 10.0) -> Tensor:
-    """Inverse class frequency `(K,)`, mean 1 over the classes present, at most `limit`; absent classes get 1."""
-    counts = torch.bincount(labels, minlength=classes).float()
-    present = counts > 0
-    weights = torch.ones(classes)
-    weights[present] = (len(labels) / (present.sum() * counts[present])).clamp(max=limit)
-    return weights
+def architectures_of(config: Config) -> list[str]:
+    """The pool of architectures: expert e has the e-th, in turns. Raises `FedistillError` where there is none."""
+    names = [name.strip() for name in config.model.split(",") if name.strip()]
+    if not names:
+        raise FedistillError("bad-value", "model is empty: name at least one architecture.")
+    return names
 
 
 def train_experts(
-    config: Config, task: Task, train: Split, folder: Path, *, site: str, until: float
+    config: Config, task: Task, train: Split, folder: Path, *, site: str, checkpoints: int, until: float
 ) -> tuple[int, int]:
-    """Train towards `config.experts` trajectories in `folder` until the clock (`time.monotonic`) says `until`.
+    """Train towards `config.experts` trajectories of `checkpoints` steps' worth in `folder` until the clock says `until`.
 
-    Returns (steps done, steps in total). Every expert keeps its own progress on disk, so a call continues where the last one
-    stopped, bit for bit. Experts train in `config.workers` parallel processes of one thread each.
+    Returns (steps done, steps in total). Every expert keeps its progress on disk, so a call continues where the last one
+    stopped, bit for bit; one that needs more checkpoints than an earlier one trains on. Experts train in
+    `config.workers` parallel processes of one thread each.
     """
-    todo = [e for e in range(config.experts) if not finished(folder, e)]
+    goal = checkpoints * config.checkpoint_every
+    todo = [e for e in range(config.experts) if _steps_done(folder, e) < goal]
     Parallel(n_jobs=min(config.worker_count(), max(len(todo), 1)), backend="loky")(
-        delayed(_train_one)(config, task, train, folder, site, e, until) for e in todo
+        delayed(_train_one)(config, task, train, folder, site, e, goal, until) for e in todo
     )
-    done = sum(_steps_done(folder, e, config) for e in range(config.experts))
-    return done, config.experts * config.expert_steps
+    return sum(min(_steps_done(folder, e), goal) for e in range(config.experts)), config.experts * goal
 
 
-def finished(folder: Path, expert: int) -> bool:
-    return _file(folder, expert).exists()
+def load_trajectory(folder: Path, expert: int, checkpoints: int) -> Tensor:
+    """The first `checkpoints + 1` checkpoints `(T+1, P)` float32 of one expert."""
+    return trajectory.read(_file(folder, expert), checkpoints)
 
 
-def load_trajectory(folder: Path, expert: int) -> Tensor:
-    """Checkpoints `(T+1, P)` float32 of one expert."""
-    return trajectory.decode(read_tensors(_file(folder, expert))[0])
+def _file(folder: Path, expert: int) -> Path:
+    return folder / f"expert-{expert:03d}.safetensors"
 
 
-def _file(folder: Path, expert: int, suffix: str = "") -> Path:
-    return folder / f"expert-{expert:03d}{suffix}.safetensors"
-
-
-def _steps_done(folder: Path, expert: int, config: Config) -> int:
-    if finished(folder, expert):
-        return config.expert_steps
-    partial = _file(folder, expert, ".partial")
-    return int(read_tensors(partial)[1]["step"]) if partial.exists() else 0
+def _steps_done(folder: Path, expert: int) -> int:
+    file = _file(folder, expert)
+    return int(read_about(file)["step"]) if file.exists() else 0
 
 
 @one_thread()
-def _train_one(config: Config, task: Task, train: Split, folder: Path, site: str, expert: int, until: float) -> None:
-    """theta <- theta - lr * grad of the weighted cross-entropy, on batches drawn with replacement."""
+def _train_one(
+    config: Config, task: Task, train: Split, folder: Path, site: str, expert: int, goal: int, until: float
+) -> None:
+    """theta <- theta - lr * grad of the weighted loss, on batches drawn with replacement."""
     keep_freed_memory()
-    net, operations = task.network(config.model, config), task.operations(config)
+    names = architectures_of(config)
+    net, operations = task.network(names[expert % len(names)], config), task.operations(config)
     device = device_of(config.device)
-    weights = class_weights(train.labels, task.classes).to(device) if config.class_weights else None
+    targets = targets_of(train.labels, task.classes, task.kind)
+    weights = class_weights(targets, kind=task.kind).to(device) if config.class_weights else None
     rng = generator(config.seed, "expert", site, expert)
-    partial = _file(folder, expert, ".partial")
-    if partial.exists():
-        parts, about = read_tensors(partial)
-        path, theta, step = list(parts["path"]), parts["theta"].to(device), int(about["step"])
-        rng.set_state(parts["generator"])
+    file = _file(folder, expert)
+    if file.exists():
+        parts, about = read_tensors(file)
+        theta, step = parts.pop("theta").to(device), int(about["step"])
+        rng.set_state(parts.pop("generator"))
     else:
         theta, step = net.initial(rng).to(device), 0
-        path = [theta.cpu()]
+        parts = trajectory.begin(theta.cpu())
 
-    while step < config.expert_steps:
+    new: list[Tensor] = []
+    while step < goal:
         index = torch.randint(len(train), (config.expert_batch,), generator=rng)
         x = augment(normalise(train.images[index], task.modality).to(device), draw(operations, rng))
         theta.requires_grad_(True)
-        loss = F.cross_entropy(net(theta, x), train.labels[index].to(device), weight=weights)
-        (gradient,) = torch.autograd.grad(loss, theta)
+        (gradient,) = torch.autograd.grad(loss_of(task.kind, net(theta, x), targets[index].to(device), weights), theta)
         theta = theta.detach() - config.expert_lr * gradient
         step += 1
         if step % config.checkpoint_every == 0:
-            path.append(theta.clone().cpu())
-            if time.monotonic() > until and step < config.expert_steps:
-                state = {"path": torch.stack(path), "theta": theta, "generator": rng.get_state()}
-                write_tensors(partial, state, {"step": step})
-                return
-    checkpoints = torch.stack(path)
-    trajectory.check_moves(checkpoints, {"expert": expert, "checkpoint_every": config.checkpoint_every})
-    write_tensors(_file(folder, expert), trajectory.encode(checkpoints), {"seed": config.seed, "steps": step})
-    partial.unlink(missing_ok=True)
+            new.append(theta.clone().cpu())
+            if time.monotonic() > until:
+                break
+    parts = trajectory.extend(parts, new)
+    trajectory.check_moves(trajectory.decode(parts), {"expert": expert, "checkpoint_every": config.checkpoint_every})
+    write_tensors(file, parts | {"theta": theta, "generator": rng.get_state()}, {"seed": config.seed, "step": step})

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from fedistill.models.flat import Flat
 
-Fresh = Callable[[int, int], Tensor]  # (how many, class) -> candidate images (n, C, H, W)
+Fresh = Callable[[int, int], Tensor]  # (how many, instead of which image) -> candidate images (n, C, H, W)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def mitigate(
             i, j = divmod(int(s.argmax()), len(members))
             worse = i if strength[members[i]] <= strength[members[j]] else j
             others = torch.cat([kept[:worse], kept[worse + 1 :]])
-            candidates = fresh(8, c)
+            candidates = fresh(8, int(members[worse]))
             nearest = similarity(net, thetas, torch.cat([candidates, others]))[:8, 8:].amax(1)
             kept[worse] = candidates[int(nearest.argmin())]
             replaced = [r for r in replaced if r[0] != int(members[worse])]

@@ -1,4 +1,4 @@
-"""Which piece of an expert's trajectory is matched at iteration k. The unit is checkpoints."""
+"""Which piece of an expert's trajectory is matched at iteration k. The unit is checkpoints; lines may be cut anywhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class Segment:
     """From checkpoint `start` to checkpoint `stop`."""
 
-    start: int
-    stop: int
+    start: float
+    stop: float
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,9 @@ def growing_end(k: int, total: int, reach: Reach, rng: torch.Generator) -> Segme
     """PTM: the start stays at 0 and the end moves away, easier to harder (Yu, Liu, Chen 2024; arXiv 2403.13469)."""
     grown = min(reach.end, (reach.end + 1) * k // max(1, total))
     return Segment(0, reach.length + grown)
+
+
+def continuous(k: int, total: int, reach: Reach, rng: torch.Generator) -> Segment:
+    """MCT: as MTT, with a start between checkpoints (Zhong et al., CVPR 2025; arXiv 2406.19827)."""
+    start = reach.end * float(torch.rand(1, generator=rng))
+    return Segment(start, start + reach.length)

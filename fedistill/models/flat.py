@@ -18,7 +18,9 @@ class Flat:
     def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
-        self.size = sum(s.numel() for s in self._shapes.values())
+        self.shapes = tuple(self._shapes.values())
+        self.sizes = tuple(s.numel() for s in self.shapes)
+        self.size = sum(self.sizes)
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
         """Logits `(n, K)` of images `(n, C, H, W)`."""
@@ -29,7 +31,7 @@ class Flat:
         return functional_call(_Features(self._net), {f"net.{k}": v for k, v in self._views(theta).items()}, (x,))
 
     def _views(self, theta: Tensor) -> dict[str, Tensor]:
-        parts = theta.split([s.numel() for s in self._shapes.values()])
+        parts = theta.split(self.sizes)
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def initial(self, generator: torch.Generator) -> Tensor:

@@ -9,7 +9,7 @@ from fedistill.experts.train import Task
 
 
 def task_of(data: Dataset) -> Task:
-    return Task(data.geometry, data.class_names, data.modality)
+    return Task(data.geometry, data.class_names, data.modality, data.kind)
 
 
 def describe(data: Dataset, site: str) -> dict[str, Any]:
@@ -20,5 +20,6 @@ def describe(data: Dataset, site: str) -> dict[str, Any]:
         "counts": data.train.counts(data.classes),
         "geometry": list(data.geometry),
         "modality": data.modality,
+        "kind": data.kind,
         "fingerprint": data.fingerprint,
     }

@@ -6,8 +6,8 @@ from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures
-from fedistill.experts.train import Task
-from fedistill.matching.distil import check_segment
+from fedistill.experts.train import Task, architectures_of
+from fedistill.matching.problem import check_segment
 from fedistill.methods.registry import method_of
 from fedistill.models.flat import device_of
 
@@ -18,7 +18,7 @@ def check_settings(config: Config, task: Task) -> None:
     device_of(config.device)
     check_segment(config)
     task.operations(config)
-    for name in (config.model, *architectures(config)):
+    for name in (*architectures_of(config), *architectures(config)):
         task.network(name, config)
 
 

@@ -23,29 +23,23 @@ import fedistill
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.public import NORMALISATION, normalise
-from fedistill.experts.train import load_trajectory, train_experts
+from fedistill.experts.train import architectures_of, load_trajectory, train_experts
 from fedistill.files import read_json, write_json
-from fedistill.matching.distil import (
-    Bundle,
-    Matching,
-    State,
-    check_skips,
-    distil,
-    load_state,
-    pool_of,
-    prepare,
-    save_state,
-    start,
-)
+from fedistill.matching.distil import check_skips, distil, finished, start, warnings
 from fedistill.matching.overlap import overlap_limit
+from fedistill.matching.problem import Bundle, Matching, Real, horizon, membership, prepare
+from fedistill.matching.state import State, load_state, save_state
 from fedistill.memory import one_thread
+from fedistill.methods.registry import Method, method_of
 from fedistill.models.flat import device_of
+from fedistill.models.loss import targets_of
 from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import quantise
 
 CURVE_EVERY = 10  # iterations per point of the loss curve
+REAL_IMAGES = "These are real patients' images, selected for comparison: never send them."
 PRIVACY = (
     "No formal guarantee: the experts were trained without differential privacy, and a distilled set can reveal facts about the "
     "images it was made from."
@@ -88,25 +82,30 @@ def advance(
     depends on the other sites of the run.
     Raises `FedistillError` where data or settings make the work impossible.
     """
-    folders = _Folders.of(config, data, site, work, run)
+    folders, method = _Folders.of(config, data, site, work, run), method_of(config)
     if (folders.release(round) / "manifest.json").exists():
         return Progress(**_tupled(read_json(folders.progress(round))))
     began, until = time.monotonic(), time.monotonic() + seconds
     spent = read_json(folders.seconds) if folders.seconds.exists() else {}
     if not folders.facts.exists():
-        done, total = train_experts(config, task_of(data), data.train, folders.experts, site=site, until=until)
+        checkpoints, done, total = folders.checkpoints, 0, 0
+        if method.experts:
+            done, total = train_experts(
+                config, task_of(data), data.train, folders.experts, site=site, checkpoints=checkpoints, until=until
+            )
         if done == total:
-            write_json(folders.facts, _facts(config, data, folders.experts))
+            write_json(folders.facts, _facts(config, data, folders.experts, checkpoints))
         _spend(folders, spent, "experts", began)
         if done < total or time.monotonic() >= until:
             eta = spent["experts"] * (total - done) / max(done, 1)
             return Progress("experts", done, total, eta=eta, seconds=spent)
         began = time.monotonic()
-    return _distil_slice(config, data, site, folders, spent, round, context, began, until)
+    return _distil_slice(config, method, data, site, folders, spent, round, context, began, until)
 
 
 def _distil_slice(
     config: Config,
+    method: Method,
     data: Dataset,
     site: str,
     folders: _Folders,
@@ -116,36 +115,35 @@ def _distil_slice(
     began: float,
     until: float,
 ) -> Progress:
-    bundle = load_bundle(config, data, folders.experts)
+    bundle = load_bundle(config, data, folders)
     real = None
-    if config.init == "real":
-        present = [c for c, n in enumerate(bundle.counts) if n]
-        real = pool_of(data.train.images, data.train.labels, data.modality, present)
+    if config.init == "real" or method.sees_images:
+        real = Real(data.train.images, targets_of(data.train.labels, data.classes, data.kind), task_of(data))
     others = None
     if context is not None and set(context.sites) - {site}:
         pick = context.site != (context.sites.index(site) if site in context.sites else -1)
         device = device_of(config.device)
         others = (context.images[pick].to(device), context.labels[pick].to(device))
-    matching = prepare(config, bundle, real=real, context=others)
+    matching = prepare(config, method, bundle, real=real, context=others, round=round)
     state = load_state(folders.state, device_of(config.device)) if folders.state.exists() else start(matching, site)
-    before, total = state.iteration, config.iterations * round
-    distil(matching, state, iterations=total, until=until)
+    before, total = state.iteration, matching.goal
+    distil(matching, state, until=until)
     save_state(state, folders.state)
-    if state.iteration >= total:
+    ready = finished(matching, state)
+    if ready:
         check_skips(matching, state)
     _spend(folders, spent, f"distill-{folders.name}", began)
-    ready = state.iteration >= total
     distilling = spent[f"distill-{folders.name}"]
     progress = Progress(
         phase="ready" if ready else "distill",
-        step=state.iteration,
+        step=total if ready else state.iteration,
         total=total,
         loss=_mean(state.losses[-CURVE_EVERY:]),
         eta=distilling * (total - state.iteration) / max(state.iteration, 1),
         seconds={"experts": spent.get("experts", 0.0), "distill": distilling},
         iterations=state.iteration,
         skipped=state.skipped,
-        notes=bundle.notes(config.ipc),
+        notes=(*bundle.notes(config.ipc), *warnings(matching, state)),
         curve=_curve(state.losses, before),
         done=ready,
     )
@@ -162,35 +160,44 @@ def released_set(
     return load_set(_Folders.of(config, data, site, work, run).release(round))
 
 
-def load_bundle(config: Config, data: Dataset, experts: Path) -> Bundle:
-    """What the distiller is given. Of `data` only the public task is used: see `facts.json` for all that experts left behind."""
-    facts = read_json(experts / "facts.json")
+def load_bundle(config: Config, data: Dataset, folders: _Folders) -> Bundle:
+    """What the distiller is given. Of `data` only the public task is used: the facts are all that experts left behind."""
+    facts, trained = read_json(folders.facts), config.experts if folders.checkpoints else 0
     return Bundle(
         task=task_of(data),
-        trajectories=tuple(load_trajectory(experts, e) for e in range(config.experts)),
+        trajectories=tuple(load_trajectory(folders.experts, e, folders.checkpoints) for e in range(trained)),
         counts=tuple(facts["counts"]),
         overlap_limits=tuple(tuple(row) for row in facts["overlap_limits"]),
+        findings=tuple((tuple(row), n) for row, n in facts["findings"]),
     )
 
 
-def _facts(config: Config, data: Dataset, experts: Path) -> dict[str, Any]:
-    """All that matching may know about the images besides the experts: class counts and limits of overlap."""
-    task, device = task_of(data), device_of(config.device)
-    net = task.network(config.model, config)
-    paths = [load_trajectory(experts, e).to(device) for e in range(min(3, config.experts))]
-    limits = []
+def _facts(config: Config, data: Dataset, experts: Path, checkpoints: int) -> dict[str, Any]:
+    """All that matching may know about the images besides the experts: class counts, limits of overlap, label vectors."""
+    task, train = task_of(data), data.train
+    targets = targets_of(train.labels, task.classes, task.kind)
+    facts: dict[str, Any] = {"counts": train.counts(task.classes), "overlap_limits": [], "findings": []}
+    if task.kind == "multilabel":
+        rows, counts = train.labels.unique(dim=0, return_counts=True)
+        facts["findings"] = [[row, n] for row, n in zip(rows.tolist(), counts.tolist(), strict=True)]
+    if not checkpoints:
+        return facts
+    net, device = task.network(architectures_of(config)[0], config), device_of(config.device)
+    first = range(0, config.experts, len(architectures_of(config)))[:3]  # experts of the first architecture
+    paths = [load_trajectory(experts, e, checkpoints).to(device) for e in first]
     for stage in range(5):
         thetas = [p[stage * (len(p) - 1) // 4] for p in paths]
         row = []
-        for c in range(task.classes):
-            images = data.train.images[data.train.labels == c][:32]
+        for members in membership(targets, task.kind).T:
+            images = train.images[members > 0][:32]
             row.append(overlap_limit(net, thetas, normalise(images, data.modality).to(device)) if len(images) else 2.0)
-        limits.append(row)
-    return {"counts": data.train.counts(task.classes), "overlap_limits": limits}
+        facts["overlap_limits"].append(row)
+    return facts
 
 
 def _as_set(config: Config, data: Dataset, site: str, matching: Matching, state: State) -> SyntheticSet:
     mean, std = NORMALISATION[data.modality]
+    statement = REAL_IMAGES if matching.method.select else PRIVACY
     about = {
         "method": config.method,
         "init": config.init,
@@ -199,18 +206,18 @@ def _as_set(config: Config, data: Dataset, site: str, matching: Matching, state:
         "skipped": state.skipped,
         "replaced_for_overlap": state.replaced,
         "versions": versions(),
-        "privacy": {"epsilon": None, "delta": None, "statement": PRIVACY},
+        "privacy": {"epsilon": None, "delta": None, "statement": statement},
     }
     return SyntheticSet(
         images=state.images.cpu(),
-        labels=state.labels(matching.method).cpu(),
+        labels=matching.labels(state).cpu(),
         site=torch.zeros(len(state.images), dtype=torch.int64),
         sites=(site,),
         class_names=data.class_names,
         mean=mean,
         std=std,
         modality=data.modality,
-        step_size=(float(state.step_size),),
+        step_size=(float(state.step_size[0]),),
         manifest={site: about},
     )
 
@@ -223,15 +230,18 @@ def versions() -> dict[str, str]:
 class _Folders:
     experts: Path
     name: str
+    checkpoints: int  # of each expert that are used after the first; 0: the method has no use for experts
 
     @staticmethod
     def of(config: Config, data: Dataset, site: str, work: Path, run: str) -> _Folders:
         experts = work / f"site-{quote(site, safe='')}" / f"{data.fingerprint}-{config.key('data', 'experts')}"
-        return _Folders(experts, config.key("distill") + (f"-{run}" if config.rounds > 1 else ""))
+        method = method_of(config)
+        checkpoints = horizon(config, method) if method.experts else 0
+        return _Folders(experts, config.key("distill") + (f"-{run}" if config.rounds > 1 else ""), checkpoints)
 
     @property
     def facts(self) -> Path:
-        return self.experts / "facts.json"
+        return self.experts / f"facts-{self.checkpoints}.json"
 
     @property
     def seconds(self) -> Path:

@@ -1,0 +1,74 @@
+"""Real images instead of synthetic ones: what every method must beat. They are patients' images, kept for comparison only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedistill.matching.problem import Matching, draw_like
+
+
+def random(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
+    """Positions `(m,)` of random images of the classes in `targets (m, K)`."""
+    return draw_like(targets, matching.seen(), rng)
+
+
+def k_centre(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
+    """Greedy k-centre in the features of the experts: always the image that is farthest from all that are chosen
+    (Sener and Savarese, ICLR 2018), from the one nearest to the mean on."""
+
+    def of_class(features: Tensor, m: int) -> list[int]:
+        chosen = [int((features - features.mean(0)).norm(dim=1).argmin())]
+        gap = torch.full((len(features),), float("inf"))
+        while len(chosen) < m:
+            gap = torch.minimum(gap, (features - features[chosen[-1]]).norm(dim=1))
+            chosen.append(int(gap.argmax()))
+        return chosen
+
+    return _per_class(matching, targets, of_class)
+
+
+def herding(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
+    """Greedy herding: the next image brings the mean feature of the chosen nearest to that of all (Welling, ICML 2009)."""
+
+    def of_class(features: Tensor, m: int) -> list[int]:
+        mean, total = features.mean(0), torch.zeros(features.shape[1])
+        chosen: list[int] = []
+        for n in range(1, m + 1):
+            gap = (mean - (total + features) / n).norm(dim=1)
+            gap[chosen] = float("inf")
+            chosen.append(int(gap.argmin()))
+            total = total + features[chosen[-1]]
+        return chosen
+
+    return _per_class(matching, targets, of_class)
+
+
+def _per_class(matching: Matching, targets: Tensor, of_class: Callable[[Tensor, int], list[int]]) -> Tensor:
+    real = matching.seen()
+    group = targets.argmax(1)
+    chosen = torch.empty(len(targets), dtype=torch.int64)
+    for c, pool in enumerate(real.members):
+        wanted = torch.nonzero(group == c).flatten()
+        if len(wanted):
+            chosen[wanted] = pool[torch.tensor(of_class(_features(matching, real.batch(pool)), len(wanted)))]
+    return chosen
+
+
+@torch.no_grad()
+def _features(matching: Matching, images: Tensor) -> Tensor:
+    """Normalised features of the last checkpoints of three experts, side by side."""
+    several = list(enumerate(matching.trajectories))[:3]
+    parts = [
+        torch.cat(
+            [
+                F.normalize(matching.net_of(e).features(t[-1], x.to(matching.device)), dim=1).cpu()
+                for x in images.split(256)
+            ]
+        )
+        for e, t in several
+    ]
+    return torch.cat(parts, 1)
