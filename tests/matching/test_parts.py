@@ -16,13 +16,13 @@ from fedistill.models.nets import build
 from fedistill.seeding import generator
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.schedule])
 def test_every_schedule_stays_within_reach_and_uses_it(name: str) -> None:
     reach, rng, total = Reach(length=3, end=10), generator(1), 400
     segments = [METHODS[name].schedule(k, total, reach, rng) for k in range(total)]
     assert all(0 <= s.start < s.stop <= reach.end + reach.length for s in segments)
-    assert max(s.stop for s in segments) == reach.end + reach.length
-    assert min(s.start for s in segments) == 0
+    assert max(s.stop for s in segments) > reach.end + reach.length - 0.5
+    assert min(s.start for s in segments) < 0.5
 
 
 def test_progressive_matching_keeps_its_start_and_extends_its_end() -> None:
@@ -68,12 +68,12 @@ def test_a_segment_without_length_is_an_error() -> None:
 def test_pruning_keeps_the_parameters_that_match_best() -> None:
     start, target = torch.ones(100), torch.zeros(100)
     theta = torch.arange(100.0)
-    assert keep_easy(theta, start, target, keep=0.3).nonzero().flatten().tolist() == list(range(30))
+    assert keep_easy(theta, start, target, keep=0.3, progress=0.0).nonzero().flatten().tolist() == list(range(30))
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_is_never_empty(name: str) -> None:
-    mask = MASKS[name](*torch.randn(3, 500), keep=0.0001)
+    mask = MASKS[name](*torch.randn(3, 500), keep=0.0001, progress=0.0)
     assert mask.sum() >= 5
 
 
