@@ -46,6 +46,7 @@ from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import quantise
 
 CURVE_EVERY = 10  # iterations per point of the loss curve
+PHASES = ("experts", "distill")
 PRIVACY = (
     "No formal guarantee: the experts were trained without differential privacy, and a distilled set can reveal facts about the "
     "images it was made from."
@@ -92,7 +93,7 @@ def advance(
     if (folders.release(round) / "manifest.json").exists():
         return Progress(**_tupled(read_json(folders.progress(round))))
     began, until = time.monotonic(), time.monotonic() + seconds
-    spent = read_json(folders.seconds) if folders.seconds.exists() else {}
+    spent = {phase: read_json(file) for phase in PHASES if (file := folders.seconds(phase)).exists()}
     if not folders.facts.exists():
         done, total = train_experts(config, task_of(data), data.train, folders.experts, site=site, until=until)
         if done == total:
@@ -133,9 +134,9 @@ def _distil_slice(
     save_state(state, folders.state)
     if state.iteration >= total:
         check_skips(matching, state)
-    _spend(folders, spent, f"distill-{folders.name}", began)
+    _spend(folders, spent, "distill", began)
     ready = state.iteration >= total
-    distilling = spent[f"distill-{folders.name}"]
+    distilling = spent["distill"]
     progress = Progress(
         phase="ready" if ready else "distill",
         step=state.iteration,
@@ -233,9 +234,9 @@ class _Folders:
     def facts(self) -> Path:
         return self.experts / "facts.json"
 
-    @property
-    def seconds(self) -> Path:
-        return self.experts / "seconds.json"
+    def seconds(self, phase: str) -> Path:
+        """A file per phase: jobs that share the experts may distil at the same time."""
+        return (self.experts if phase == "experts" else self.experts / self.name) / f"seconds-{phase}.json"
 
     @property
     def state(self) -> Path:
@@ -250,7 +251,7 @@ class _Folders:
 
 def _spend(folders: _Folders, spent: dict[str, float], phase: str, began: float) -> None:
     spent[phase] = spent.get(phase, 0.0) + time.monotonic() - began
-    write_json(folders.seconds, spent)
+    write_json(folders.seconds(phase), spent[phase])
 
 
 def _curve(losses: list[float], before: int) -> tuple[tuple[int, float], ...]:
