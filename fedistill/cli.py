@@ -182,6 +182,7 @@ def bench(
     from fedistill.bench.plan import Choice
     from fedistill.bench.run import bench as run
     from fedistill.bench.run import plan, plan_table, write_tables
+    from fedistill.bench.suite import load_suite
 
     folder = Path(out).expanduser().resolve()
     if only_tables:
@@ -196,14 +197,15 @@ def bench(
         seeds=seeds or 0,
         settings=_pairs(settings),
     )
+    chosen = load_suite(suite)
     if only_plan:
-        cells, todo = plan(suite, choice, folder)
+        cells, todo = plan(chosen, choice, folder)
         if as_json:
             print(json.dumps({"cells": len(cells), "finished": len(cells) - len(todo), "todo": [c.name for c in todo]}))
         else:
-            screen.print(plan_table(cells, todo))
+            screen.print(plan_table(chosen, cells, todo))
         return
-    summary = run(suite, choice, folder, screen, command="fedistill " + " ".join(sys.argv[1:]))
+    summary = run(chosen, choice, folder, screen, command="fedistill " + " ".join(sys.argv[1:]))
     if as_json:
         print(json.dumps(summary, indent=1))
     for cell in summary["failed"][:SHOWN_FAILURES]:

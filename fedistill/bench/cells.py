@@ -64,7 +64,7 @@ def train_experts_of(cells: Sequence[Cell], out: Path) -> dict[str, Record]:
 def about(cell: Cell) -> Record:
     """What a record says of the cell itself."""
     place = {"key": cell.key, "data": cell.data, "method": cell.method, "ipc": cell.ipc, "seed": cell.seed}
-    return place | {"against": list(cell.against), "config": cell.config.to_dict(), "versions": versions()}
+    return place | {"config": cell.config.to_dict(), "versions": versions()}
 
 
 def failure(error: BaseException) -> Record:

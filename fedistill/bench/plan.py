@@ -26,6 +26,7 @@ from fedistill.seeding import generator
 FORMAT = 1  # of a cell's record: part of its key
 # By default one site holds everything: what is compared is the methods, not the federation.
 POOLED = {"partition": "iid", "sites": 1}
+OPTIONS = {"data": "--data", "method": "--methods", "ipc": "--ipc", "seeds": "--seeds", "out": "--out"}
 # All that training on real images depends on besides the scopes "data" and "eval".
 TRAINING = ("width", "depth", "augment", "class_weights")
 
@@ -88,16 +89,21 @@ def cells_of(suite: Suite, choice: Choice) -> list[Cell]:
     """The cells that are asked for, cheapest first.
 
     Raises `FedistillError` on names that the suite does not have, on settings that cannot be, and on methods that are the same
-    or that do not exist. Data that cannot be loaded are no error here: their cells will fail.
+    or that do not exist. Data that cannot be loaded are an error only if there are no others: their cells will fail.
     """
     data = _chosen("data set", choice.data, suite.data)
     methods = _chosen("method", choice.methods, suite.methods)
     for name in choice.settings:
+        if name in OPTIONS:
+            raise FedistillError("bad-set-option", f"--set {name} does not work here: use {OPTIONS[name]}.")
         if name not in SHARED:
             raise unknown("setting of a benchmark", name, SHARED)
+    marks = {source: fingerprint(suite, choice, source) for source in data}
+    if not any(marks.values()):  # the folder of the data may be wrong: nothing would work
+        load(suite, choice, data[0])
     cells = []
     for source in data:
-        make = functools.partial(cell_of, suite, choice, fingerprint(suite, choice, source), source)
+        make = functools.partial(cell_of, suite, choice, marks[source], source)
         first = int(_settings(suite, choice, source, WHOLE).get("seed", 0))
         for seed in range(first, first + (choice.seeds or suite.seeds)):
             cells.append(make(WHOLE, 0, seed))
@@ -112,8 +118,8 @@ def cell_of(suite: Suite, choice: Choice, mark: str, data: str, method: str, ipc
 
     Raises `FedistillError` on settings that cannot be.
     """
-    settings = _settings(suite, choice, data, method) | {"ipc": ipc or 1, "seed": seed, "workers": 1}
-    config = make_config(settings).resolved()
+    one = {"ipc": 1 if method == WHOLE else ipc, "seed": seed, "workers": 1}
+    config = make_config(_settings(suite, choice, data, method) | one).resolved()
     return Cell(
         data=data,
         method=method,
@@ -127,14 +133,12 @@ def cell_of(suite: Suite, choice: Choice, mark: str, data: str, method: str, ipc
 
 
 def _settings(suite: Suite, choice: Choice, data: str, method: str) -> dict[str, Any]:
-    """The settings of a cell: the command line before the method, the data set, the suite and one pooled site."""
+    """The settings of a cell: the command line before the method, the data set and the suite."""
     source = suite.data[data]
-    recipe = {} if method == WHOLE else dict(suite.methods[method].settings)
-    settings = {**POOLED, **suite.settings}
-    if "partition" in source.settings:
-        settings |= {"sites": 0}
-    settings |= {**source.settings, "data": _place(source, choice.data_root)}
-    return settings | recipe | dict(choice.settings)
+    recipe = {} if method == WHOLE else suite.methods[method].settings
+    place = {"data": _place(source, choice.data_root)}
+    settings = {**suite.settings, **source.settings, **place, **recipe, **choice.settings}
+    return settings if "partition" in settings else POOLED | settings
 
 
 def _place(source: Source, root: Path) -> str:
@@ -152,27 +156,31 @@ def _chosen(kind: str, asked: Sequence[str], valid: Mapping[str, Any]) -> list[s
 
 
 def _check(cells: Sequence[Cell]) -> None:
-    """Raise `FedistillError` on a method or model that does not exist, and on two methods that are one."""
-    seen: dict[tuple[object, ...], str] = {}
+    """Raise `FedistillError` on a method or model that does not exist, and on two cells that would do the same work."""
+    seen: dict[tuple[str, str], Cell] = {}
     for cell in cells:
         architectures(cell.config)
         if cell.method == WHOLE:
             continue
         method_of(cell.config)
-        same = seen.setdefault((cell.data, cell.config), cell.method)
-        if same != cell.method:
+        work = (cell.fingerprint, cell.config.key("data", "experts", "distill"))
+        if seen.setdefault(work, cell) is not cell:
             raise FedistillError(
-                "same-method", f"The methods {same} and {cell.method} have the same settings: leave one of them out."
+                "same-cells", f"'{seen[work].name}' and '{cell.name}' have the same settings: leave one of them out."
             )
 
 
 def fingerprint(suite: Suite, choice: Choice, data: str) -> str:
     """The fingerprint of a data set of the suite; empty where it cannot be loaded."""
-    config = make_config(_settings(suite, choice, data, WHOLE))
     try:
-        return load_subset(config, data, suite.data[data].train_images).fingerprint
+        return load(suite, choice, data).fingerprint
     except FedistillError:
         return ""
+
+
+def load(suite: Suite, choice: Choice, data: str) -> Dataset:
+    """A data set of the suite. Raises `FedistillError` where it cannot be loaded."""
+    return load_subset(make_config(_settings(suite, choice, data, WHOLE)), data, suite.data[data].train_images)
 
 
 def load_subset(config: Config, name: str, train_images: int) -> Dataset:

@@ -67,18 +67,19 @@ def collect(out: Path, suite: Suite, choice: Choice, cells: Sequence[Cell]) -> l
             marks[data] = fingerprint(suite, choice, data)
         cell = cell_of(suite, choice, marks[data], data, method, record["ipc"], record["seed"])
         if cell.key == record["key"]:
-            rows += rows_of(record, architectures(cell.config))
+            rows += rows_of(record, cell)
     order = {name: place for place, name in enumerate((*suite.methods, WHOLE))}
     return sorted(rows, key=lambda r: (r["data"], r["ipc"], order[r["method"]], r["seed"]))
 
 
-def rows_of(record: Record, models: Sequence[str]) -> list[Row]:
+def rows_of(record: Record, cell: Cell) -> list[Row]:
     """A row per model; of a failed cell too, without figures."""
     base = {name: record[name] for name in OF_CELL} | {name: record.get(name) for name in OF_WORK}
-    base["against"] = " ".join(record["against"])
+    base["against"] = " ".join(cell.against)
     figures = record.get("models", {})
     return [
-        {name: (base | {"model": model} | figures.get(model, {})).get(name) for name in COLUMNS} for model in models
+        {name: (base | {"model": model} | figures.get(model, {})).get(name) for name in COLUMNS}
+        for model in architectures(cell.config)
     ]
 
 

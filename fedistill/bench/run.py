@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from fedistill.bench.cells import Record
 from fedistill.bench.plan import Cell, Choice, cells_of
 from fedistill.bench.plots import write_plots
 from fedistill.bench.results import collect, finished, read_rows, write_rows
-from fedistill.bench.suite import Suite, load_suite
+from fedistill.bench.suite import WHOLE, Suite
 from fedistill.bench.tables import markdown
 from fedistill.config import make_config
 from fedistill.errors import FedistillError
@@ -28,41 +29,40 @@ from fedistill.simulation import app_folder
 
 POLL_SECONDS = 0.5
 WATCH_SECONDS = 5.0  # between looks at the processes below the engine
+WRITE_SECONDS = 60.0  # between writing the results of what is finished so far
 
 
-def plan(suite: str, choice: Choice, out: Path) -> tuple[list[Cell], list[Cell]]:
+def plan(suite: Suite, choice: Choice, out: Path) -> tuple[list[Cell], list[Cell]]:
     """All cells, and those that are not finished yet."""
-    cells = cells_of(load_suite(suite), choice)
+    cells = cells_of(suite, choice)
     return cells, [cell for cell in cells if not finished(out, cell)]
 
 
-def plan_table(cells: Sequence[Cell], todo: Sequence[Cell]) -> Table:
-    """A row per data set and method: cells that are finished, of how many."""
-    table = Table("data", "method", "IPC", "seeds", "finished", box=None)
+def plan_table(suite: Suite, cells: Sequence[Cell], todo: Sequence[Cell]) -> Table:
+    """A row per data set and method: what it is, and how many of its cells are finished."""
+    caption = f"{len(cells)} cells, {len(cells) - len(todo)} of them finished"
+    table = Table("data", "method", "", "IPC", "finished", box=None, title=suite.title, caption=caption)
     left = Counter((cell.data, cell.method) for cell in todo)
-    for (data, method), count in Counter((cell.data, cell.method) for cell in cells).items():
-        mine = [cell for cell in cells if (cell.data, cell.method) == (data, method)]
-        ipcs = ", ".join(str(n) for n in sorted({cell.ipc for cell in mine}) if n)
-        seeds = ", ".join(map(str, sorted({cell.seed for cell in mine})))
-        table.add_row(data, method, ipcs, seeds, f"{count - left[data, method]} of {count}")
-    table.caption = f"{len(cells)} cells, {len(cells) - len(todo)} of them finished"
+    for (data, method), count in sorted(Counter((cell.data, cell.method) for cell in cells).items()):
+        title = f"{suite.data[data].title}: all real images" if method == WHOLE else suite.methods[method].title
+        ipcs = sorted({cell.ipc for cell in cells if (cell.data, cell.method) == (data, method) and cell.ipc})
+        table.add_row(data, method, title, ", ".join(map(str, ipcs)), f"{count - left[data, method]} of {count}")
     return table
 
 
-def bench(suite: str, choice: Choice, out: Path, console: Console, *, command: str = "") -> dict[str, Any]:
+def bench(suite: Suite, choice: Choice, out: Path, console: Console, *, command: str = "") -> dict[str, Any]:
     """Work off the cells that are not finished in `out`, and write its results; returns numbers of cells and the failures.
 
     command: what the user typed, to be typed again after an interruption.
     Raises `FedistillError` on bad input before any work starts. Ctrl-C and SIGTERM stop the engine and raise `SystemExit` with
     code 130; what is finished is in the results then, too.
     """
-    loaded = load_suite(suite)
     cells, todo = plan(suite, choice, out)
     _refuse_foreign(out)
     with alone(out):
         if todo:
-            _work(cells, todo, loaded, choice, out, console, command)
-        write_results(loaded, choice, cells, out)
+            _work(cells, todo, suite, choice, out, console, command)
+        write_results(suite, choice, cells, out)
     return _summary(cells, out)
 
 
@@ -95,23 +95,23 @@ def _summary(cells: Sequence[Cell], out: Path) -> dict[str, Any]:
 def _work(
     cells: Sequence[Cell], todo: Sequence[Cell], suite: Suite, choice: Choice, out: Path, console: Console, command: str
 ) -> None:
+    """Run the engine on `todo` until it ends; whatever ends it, the results hold what is finished."""
     shared = make_config({**suite.settings, **choice.settings})
-    seeds = [cell.seed for cell in cells]
-    write_json(
-        out / "plan.json",
-        {
-            "workers": shared.workers,  # 0: as many as there are cores
-            "device": shared.device,
-            "first_seed": min(seeds),
-            "cells": [dataclasses.asdict(cell) for cell in todo],
-        },
-    )
+    plan = {
+        "workers": shared.workers,  # 0: as many as there are cores
+        "device": shared.device,
+        "first_seed": min(cell.seed for cell in cells),
+        "cells": [dataclasses.asdict(cell) for cell in todo],
+    }
+    write_json(out / "plan.json", plan)
     (out / "progress.json").unlink(missing_ok=True)
     below: dict[int, str] = {}
     child = start_engine(app_folder(), "bench.py", out)
     try:
         with terminate_is_interrupt():
-            _follow(child, below, len(cells) - len(todo), len(cells), out, console)
+            for state in _states(child, below, out, console, before=len(cells) - len(todo), total=len(cells)):
+                if state["done"]:
+                    write_results(suite, choice, cells, out)
     except KeyboardInterrupt:
         stop_engine(child, below)
         write_results(suite, choice, cells, out)
@@ -127,44 +127,51 @@ def _work(
         )
 
 
-def _follow(child: Popen[bytes], below: dict[int, str], before: int, total: int, out: Path, console: Console) -> None:
-    """A bar until the engine ends. below: filled with the processes under the engine and their start times."""
-    columns = (
-        TextColumn("cells"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]}", style="red"),
-        TextColumn("{task.fields[left]}"),
-        TextColumn("{task.fields[now]}"),
-    )
-    looked = 0.0
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("cells", total=total, completed=before, failed="", left="starting", now="")
+def _states(
+    child: Popen[bytes], below: dict[int, str], out: Path, console: Console, *, before: int, total: int
+) -> Iterator[Record]:
+    """Show how far the engine is until it ends (lines where there is no terminal for a bar); yields now and then.
+
+    below: filled with the processes under the engine and their start times. before, total: finished cells at the start, all.
+    """
+    state: Record = {"done": 0}
+    looked = yielded = time.monotonic()
+    columns = (TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=total, completed=before)
         running = True
         while running:
             running = child.poll() is None
-            if (path := out / "progress.json").exists():
-                state = read_json(path)
-                failed = f"{state['failed']} failed" if state["failed"] else ""
-                bar.update(
-                    task,
-                    completed=before + state["done"],
-                    failed=failed,
-                    left=_left(state),
-                    now="; ".join(state["now"]),
-                )
-            if time.monotonic() - looked > WATCH_SECONDS:
-                below.update({pid: start_time(pid) for pid in process_tree(child.pid)})
-                looked = time.monotonic()
             time.sleep(POLL_SECONDS if running else 0)
+            now = time.monotonic()
+            if now - looked > WATCH_SECONDS:
+                below.update({pid: start_time(pid) for pid in process_tree(child.pid)})
+                looked = now
+            news = read_json(out / "progress.json") if (out / "progress.json").exists() else state
+            if news == state:
+                continue
+            text = _described(news)
+            bar.update(task, completed=before + news["done"], description=text)
+            if news["done"] > state["done"] and not console.is_terminal:
+                console.print(
+                    ", ".join([f"{before + news['done']}/{total} cells", *filter(None, [text])]),
+                    soft_wrap=True,
+                    highlight=False,
+                )
+            state = news
+            if now - yielded > WRITE_SECONDS:
+                yield state
+                yielded = time.monotonic()
 
 
-def _left(state: Mapping[str, Any]) -> str:
-    """The time that is left, by the guessed cost of what is done and of what is not."""
-    if not state["cost_done"]:
-        return "time left unknown"
-    rate = (time.time() - state["began"]) / state["cost_done"]
-    return f"about {duration(rate * (state['cost'] - state['cost_done']))} left"
+def _described(state: Record) -> str:
+    """Failures, a guess of the time that is left, and what is being done."""
+    failed = [f"{state['failed']} failed"] if state["failed"] else []
+    left = []
+    if state["cost_done"] and state["cost_left"]:
+        rate = (state["now"] - state["began"]) / state["cost_done"]
+        left = [f"about {duration(rate * state['cost_left'])} left"]
+    return ", ".join([*failed, *left, *(f"at work: {'; '.join(state['tasks'])}" for _ in state["tasks"][:1])])
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,22 @@ def tasks_of(cells: Sequence[Cell]) -> list[Task]:
     ]
 
 
-@dataclass
-class _Board:
-    """`progress.json`, for the one who watches."""
-
-    path: Path
-    cost: float
-    began: float = field(default_factory=time.time)
-    cost_done: float = 0.0
-    done: int = 0
-    failed: int = 0
-    now: list[str] = field(default_factory=list)
-
-    def show(self) -> None:
-        write_json(self.path, {name: value for name, value in vars(self).items() if name != "path"})
-
-
 def work_off(cells: Sequence[Cell], out: Path, engine: Engine, *, workers: int, first_seed: int) -> None:
     """Work off `cells`, at most `workers` tasks at a time; the record of each ends in `out/cells`, failures among them.
 
-    first_seed: the seed of which contact sheets are written.
+    first_seed: the seed of which contact sheets are written. How far it is stands in `progress.json` (see `bench.run`).
     """
     waiting = tasks_of(cells)
-    board = _Board(out / "progress.json", sum(task.cost for task in waiting))
+    began, cost_done, done, failed = time.time(), 0.0, 0, 0
     trained: set[str] = {""}
     settled: set[str] = set()
     running: dict[Any, Task] = {}
+
+    def tell() -> None:
+        progress = {"began": began, "now": time.time(), "cost_done": cost_done, "done": done, "failed": failed}
+        progress["cost_left"] = sum(task.cost for task in (*waiting, *running.values()))
+        write_json(out / "progress.json", progress | {"tasks": [task.name for task in running.values()]})
+
     while waiting or running:
         ready = [task for task in waiting if task.needs in trained][: workers - len(running)]
         waiting = [task for task in waiting if task not in ready]
@@ -92,8 +82,7 @@ def work_off(cells: Sequence[Cell], out: Path, engine: Engine, *, workers: int, 
             else:
                 (cell,) = task.cells
                 running[engine.submit(run_cell, cell, out, cell.seed == first_seed)] = task
-        board.now = [task.name for task in running.values()]
-        board.show()
+        tell()
         handle = engine.wait(list(running))
         task = running.pop(handle)
         records = _records(task, engine, handle)
@@ -102,11 +91,10 @@ def work_off(cells: Sequence[Cell], out: Path, engine: Engine, *, workers: int, 
         settled |= {record["key"] for record in records}
         waiting = [t for t in waiting if t.makes or t.cells[0].key not in settled]
         trained.add(task.makes)
-        board.cost_done += task.cost
-        board.done += len(records)
-        board.failed += sum(record["status"] == "failed" for record in records)
-    board.now = []
-    board.show()
+        cost_done += task.cost
+        done += len(records)
+        failed += sum(record["status"] == "failed" for record in records)
+    tell()
 
 
 def _records(task: Task, engine: Engine, handle: Any) -> list[Record]:

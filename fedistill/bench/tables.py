@@ -166,16 +166,12 @@ def _body(
     seeds = len({row["seed"] for row in rows})
     columns = []
     for place in places_of(rows):
-        here = {method: pick(place, method) for method in methods}
-        most = max((len(f.values) for f in here.values()), default=0)
-        means = [f.mean for f in here.values() if f.mean is not None and len(f.values) == most]
-        top = best(means) if means else None
-        columns.append(
-            [
-                f"**{_shown(f, seeds, show)}**" if f.mean == top and len(f.values) == most else _shown(f, seeds, show)
-                for f in here.values()
-            ]
-        )
+        here = [pick(place, method) for method in methods]
+        most = max((len(f.values) for f in here), default=0)
+        means = {k: f.mean for k, f in enumerate(here) if f.mean is not None and len(f.values) == most}
+        top = best(means.values()) if means else None
+        texts = [_shown(f, seeds, show) for f in here]
+        columns.append([f"**{text}**" if k in means and means[k] == top else text for k, text in enumerate(texts)])
     return [[method, *cells] for method, *cells in zip(methods, *columns, strict=True)]
 
 
