@@ -191,7 +191,7 @@ class Matching:
             return NOISE * torch.randn((n, channels, *size), generator=rng)
         if self.config.init == "phantom":
             return self._phantoms(n, rng)
-        return self.seen().batch(draw_like(targets, self.seen(), rng))
+        return self.seen().batch(draw_like(targets.cpu(), self.seen(), rng))
 
     def _phantoms(self, n: int, rng: torch.Generator) -> Tensor:
         channels, *size = self.bundle.task.geometry

@@ -170,6 +170,44 @@ def test_a_segment_longer_than_the_trajectory_is_refused(tiny: Dataset, tmp_path
         finish(settings(segment=8, expert_steps=20), tiny, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["ptm", "datm", "line", "cf", "herding"])
+def test_a_pool_of_two_architectures_works_with_every_kind_of_method(
+    method: str, tiny: Dataset, tmp_path: Path
+) -> None:
+    made, slices = finish(settings(method=method, model="convnet,mlp"), tiny, tmp_path)
+    assert torch.isfinite(made.images).all()
+    assert slices[-1].skipped == 0
+    assert not same(made, finish(settings(method=method), tiny, tmp_path)[0])
+
+
+def test_a_residual_network_can_be_matched(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(
+        method="mtt",
+        model="resnet18",
+        experts=1,
+        expert_steps=5,
+        expert_batch=2,
+        segment=1,
+        iterations=1,
+        syn_steps=1,
+        ipc=1,
+    )
+    made, slices = finish(config, tiny, tmp_path)
+    assert torch.isfinite(made.images).all()
+    assert slices[-1].loss is not None
+    assert 0 < slices[-1].loss < 10
+
+
+@pytest.mark.parametrize("budget", ["proportional", "sqrt"])
+def test_a_budget_follows_the_classes(budget: str, tiny: Dataset, tmp_path: Path) -> None:
+    keep = torch.cat([torch.nonzero(tiny.train.labels == c).flatten()[:n] for c, n in ((0, 30), (1, 6), (2, 3))])
+    nothing = torch.empty(0, dtype=torch.int64)
+    skewed = tiny.at({"train": keep, "val": nothing, "test": nothing}, "skewed")
+    made, _ = finish(settings(budget=budget, ipc=3), skewed, tmp_path)
+    counts = torch.bincount(made.hard_labels, minlength=3).tolist()
+    assert counts == ([7, 1, 1] if budget == "proportional" else [5, 2, 2])
+
+
 def test_soft_labels_are_distributions_and_move(tiny: Dataset, tmp_path: Path) -> None:
     made, _ = finish(settings(method="datm"), tiny, tmp_path)
     assert torch.allclose(made.labels.sum(1), torch.ones(len(made)), atol=0.01)
