@@ -9,7 +9,7 @@ from tinysuite import here, write_suite
 
 from fedistill.bench import cells as cells_module
 from fedistill.bench import schedule
-from fedistill.bench.cells import run_cell
+from fedistill.bench.cells import run_cell, train_experts_of
 from fedistill.bench.plan import Cell, Choice, cells_of
 from fedistill.bench.results import collect, finished, read_rows, record_path
 from fedistill.bench.run import write_results
@@ -103,6 +103,16 @@ def test_a_budget_that_cannot_be_fails_with_its_sentence_and_alone(tmp_path: Pat
     assert [by_ipc[ipc]["status"] for ipc in (0, 1, 50)] == ["ok", "ok", "failed"]
     assert by_ipc[50]["code"] == "budget"
     assert by_ipc[50]["reason"].startswith("ipc=50 asks for 150 synthetic images")
+
+
+def test_experts_are_trained_once_and_nothing_is_distilled_before(tmp_path: Path) -> None:
+    suite = load_suite(str(write_suite(tmp_path / "suite", methods_plain='method = "ptm"\noverlap = "off"')))
+    cells = [c for c in cells_of(suite, Choice(seeds=1, settings={"slice_seconds": "0"})) if c.method != "whole"]
+    assert train_experts_of(cells, tmp_path / "out") == {}
+    assert [p.name for p in (tmp_path / "out").rglob("*.safetensors")] == ["expert-000.safetensors"]
+    before = next(tmp_path.rglob("expert-000.safetensors")).stat().st_mtime_ns
+    assert run_cell(cells[0], tmp_path / "out", False)["status"] == "ok"
+    assert next(tmp_path.rglob("expert-000.safetensors")).stat().st_mtime_ns == before
 
 
 def test_experts_that_fail_fail_once_for_all_their_cells(tmp_path: Path) -> None:
