@@ -14,7 +14,15 @@ def test_the_wheel_adds_fedistill_and_nothing_else(tmp_path: Path) -> None:
     wheel = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fedistill"}
-    for inside in ("client/app.py", "server/app.py", "simulations/engine.py"):
+    for inside in (
+        "client/app.py",
+        "server/app.py",
+        "simulations/engine.py",
+        "simulations/bench.py",
+        "simulations/suites/medical/suite.toml",
+        "simulations/suites/medical/data/wbc_sites.toml",
+        "simulations/suites/medical/methods/mtt.toml",
+    ):
         assert f"fedistill/_app/{inside}" in names
     assert "fedistill/report/page.html.j2" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -25,7 +25,7 @@ from fedistill.files import write_bytes
 from fedistill.memory import keep_freed_memory
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget, check_settings
-from fedistill.site.job import Progress, advance, versions
+from fedistill.site.job import Progress, advance, has_experts, versions
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.sheet import contact_sheet
@@ -101,10 +101,8 @@ def _to_experts(cell: Cell, out: Path) -> Record:
     for site in sites:
         check_settings(cell.config, task_of(site))
         check_budget(cell.config, site)
-        step = functools.partial(advance, cell.config, site, site.name, out / "work")
-        progress = step(seconds=0.0)
-        while progress.phase == "experts" and progress.step < progress.total:
-            progress = step(seconds=cell.config.slice_seconds)
+        while not has_experts(cell.config, site, site.name, out / "work"):
+            advance(cell.config, site, site.name, out / "work", seconds=cell.config.slice_seconds)
     return {}
 
 

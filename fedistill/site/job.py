@@ -161,6 +161,11 @@ def released_set(
     return load_set(_Folders.of(config, data, site, work, run).release(round))
 
 
+def has_experts(config: Config, data: Dataset, site: str, work: Path) -> bool:
+    """Whether `advance` has no more experts to train before it distils."""
+    return _Folders.of(config, data, site, work, "").facts.exists()
+
+
 def load_bundle(config: Config, data: Dataset, folders: _Folders) -> Bundle:
     """What the distiller is given. Of `data` only the public task is used: the facts are all that experts left behind."""
     facts, trained = read_json(folders.facts), config.experts if folders.checkpoints else 0
