@@ -1,4 +1,4 @@
-"""The command line: `fedistill simulate | distill | evaluate | methods | options`."""
+"""The command line: `fedistill simulate | distill | evaluate | bench | methods | options`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+SHOWN_FAILURES = 10
 screen = Console(stderr=True)  # progress and tables for people; stdout is for --json
 
 Data = Annotated[
@@ -162,6 +163,61 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    out: Annotated[str, typer.Option(help="Folder of the benchmark; the same command continues there.")],
+    suite: Annotated[str, typer.Option(help="A suite that comes with fedistill, or a folder with one.")] = "medical",
+    data_root: Annotated[str, typer.Option(help="Folder of the data files that the suite names.")] = ".",
+    data: Annotated[str | None, typer.Option(help="Only these data sets of the suite: a comma list.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these methods of the suite: a comma list.")] = None,
+    ipc: Annotated[str | None, typer.Option(help="Images per class instead of the suite's: a comma list.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds instead of the suite's.")] = None,
+    settings: Sets = None,
+    only_plan: Annotated[bool, typer.Option("--plan", help="Only say what would be done.")] = False,
+    only_tables: Annotated[
+        bool, typer.Option("--tables", help="Only make tables and plots again, from results.csv.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods over data sets, images per class and seeds, under one protocol."""
+    from fedistill.bench.plan import Choice
+    from fedistill.bench.run import bench as run
+    from fedistill.bench.run import plan, plan_table, write_tables
+    from fedistill.bench.suite import load_suite
+
+    folder = Path(out).expanduser().resolve()
+    if only_tables:
+        write_tables(folder)
+        screen.print(f"Tables: {folder / 'tables.md'}", soft_wrap=True, highlight=False)
+        return
+    choice = Choice(
+        data_root=Path(data_root).expanduser().resolve(),
+        data=_list(data),
+        methods=_list(methods),
+        ipc=_numbers(ipc),
+        seeds=seeds or 0,
+        settings=_pairs(settings),
+    )
+    chosen = load_suite(suite)
+    if only_plan:
+        cells, todo = plan(chosen, choice, folder)
+        if as_json:
+            print(json.dumps({"cells": len(cells), "finished": len(cells) - len(todo), "todo": [c.name for c in todo]}))
+        else:
+            screen.print(plan_table(chosen, cells, todo))
+        return
+    summary = run(chosen, choice, folder, screen, command="fedistill " + " ".join(sys.argv[1:]))
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    for cell in summary["failed"][:SHOWN_FAILURES]:
+        where = f"{cell['data']}, {cell['method']}, IPC {cell['ipc']}, seed {cell['seed']}"
+        screen.print(f"Failed: {where}: {cell['reason']}", style="red", soft_wrap=True, highlight=False, markup=False)
+    screen.print(f"Tables: {summary['tables']}", soft_wrap=True, highlight=False)
+    if summary["failed"]:
+        screen.print(f"{len(summary['failed'])} cells failed: the same command tries them again.", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
 def methods() -> None:
     """List the distillation methods, a line and a source each."""
     from fedistill.methods.registry import METHODS
@@ -189,11 +245,7 @@ _KEYS = {f.name for f in fields(Config)}
 def _config(settings: list[str] | None, given: dict[str, Any], *, out: str = "") -> Config:
     """The configuration from options and --set pairs; an option that is given twice in both ways is an error."""
     values = {k: v for k, v in given.items() if v is not None}
-    for pair in settings or []:
-        key, found, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not found:
-            raise FedistillError("bad-set-option", f"--set {pair} has no '=': write --set key=value.")
+    for key, value in _pairs(settings).items():
         if key in values:
             raise FedistillError(
                 "given-twice", f"{key} is given twice: keep one of --{key.replace('_', '-')} and --set {key}."
@@ -201,6 +253,31 @@ def _config(settings: list[str] | None, given: dict[str, Any], *, out: str = "")
         values[key] = value
     config = make_config(values)
     return config if config.out or not out else replace(config, out=out)
+
+
+def _pairs(settings: list[str] | None) -> dict[str, str]:
+    """What `--set key=value` says; a key that is given twice is an error."""
+    values: dict[str, str] = {}
+    for pair in settings or []:
+        key, found, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not found:
+            raise FedistillError("bad-set-option", f"--set {pair} has no '=': write --set key=value.")
+        if key in values:
+            raise FedistillError("given-twice", f"--set {key} is given twice: keep one.")
+        values[key] = value
+    return values
+
+
+def _list(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _numbers(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in _list(text)]
+    except ValueError:
+        raise FedistillError("bad-value", f"--ipc {text} is not a list of whole numbers, like 1,10.") from None
 
 
 class _bar:

@@ -71,7 +71,9 @@ class Config:
     checkpoint_every: int = _key(10, "expert steps between checkpoints", scope="experts", low=1)
 
     preset: str = _key("standard", "amount of work: quick, standard or thorough", scope="run")
-    method: str = _key("ptm", "distillation method (see `fedistill methods`)", scope="distill")
+    method: str = _key(
+        "auto", "distillation method (see `fedistill methods`); auto: what the benchmark recommends", scope="distill"
+    )
     ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1)
     budget: str = _key(
         "equal",
@@ -169,9 +171,12 @@ class Config:
             raise unknown("preset", self.preset, PRESETS)
 
     def resolved(self) -> Config:
-        """Every 0 that the preset governs replaced by the preset's amount of work."""
+        """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""
+        method = recommended_method(self.ipc) if self.method == "auto" else self.method
         filled = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) == 0}
-        return Config(**(self.to_dict() | filled))
+        if "iterations" in filled:
+            filled["iterations"] *= LIGHT.get(method, 1)
+        return Config(**(self.to_dict() | filled | {"method": method}))
 
     def window_share(self) -> float:
         """Early segments for few images, later ones for more (DATM: easy patterns first, hard ones only where there is room)."""
@@ -212,6 +217,15 @@ PRESETS: dict[str, dict[str, int]] = {
         "eval_steps": 1000,
     },
 }
+
+# Iterations of these methods for one of trajectory matching: they cost that much less, so a preset asks for more of them.
+LIGHT = {"dm": 5, "cf": 5, "dc": 2, "dsa": 2}
+
+
+def recommended_method(ipc: int) -> str:
+    """The method that did best on validation at this budget (docs/benchmark.md)."""
+    return "cf"
+
 
 TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}
 

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -22,9 +16,17 @@ from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.events import claim_folder, refuse_foreign
 from fedistill.files import read_json, write_json
+from fedistill.processes import (
+    alone,
+    memory_of,
+    process_tree,
+    start_engine,
+    start_time,
+    stop_engine,
+    terminate_is_interrupt,
+)
 
 SAMPLE_SECONDS = 2.0
-STOP_SECONDS = 15.0
 
 
 def simulate(config: Config, console: Console, *, command: str = "") -> dict[str, Any]:
@@ -38,7 +40,7 @@ def simulate(config: Config, console: Console, *, command: str = "") -> dict[str
     fingerprint = check(config)
     out = Path(config.out)
     refuse_foreign(out)
-    with _alone(out):
+    with alone(out):
         claim_folder(out, config)
         if not _finished(out, config, fingerprint):
             _run_engine(out, console, command)
@@ -110,31 +112,21 @@ def _run_engine(out: Path, console: Console, command: str) -> None:
     (out / "error.json").unlink(missing_ok=True)
     events = out / "events.jsonl"
     seen = events.stat().st_size if events.exists() else 0  # what an earlier part of this run has shown already
-    app = app_folder()
-    paths = [str(app), str(Path(fedistill.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    with open(out / "log.txt", "ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, str(app / "simulations" / "engine.py"), str(out), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C is for us; we stop the engine in good order
-        )
+    child = start_engine(app_folder(), "engine.py", out)
     below: dict[int, str] = {}
     meter = threading.Thread(target=_measure, args=(child, below, out / "engine.json", command), daemon=True)
     meter.start()
     try:
-        with _terminate_is_interrupt():
+        with terminate_is_interrupt():
             follow(out / "events.jsonl", lambda: child.poll() is not None, console, offset=seen)
             child.wait()
     except KeyboardInterrupt:
-        _stop(child, below)
+        stop_engine(child, below)
         what = f"Stopped. The same command goes on from here: {command}".removesuffix(": ")
         console.print(what, soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(130) from None
     finally:
-        _stop(child, below)
+        stop_engine(child, below)
         meter.join(SAMPLE_SECONDS + 1)
     if (out / "error.json").exists():
         error = read_json(out / "error.json")
@@ -143,57 +135,6 @@ def _run_engine(out: Path, console: Console, command: str) -> None:
         raise FedistillError(
             "engine", f"The simulation ended unexpectedly (exit code {child.returncode}): see {out / 'log.txt'}."
         )
-
-
-def _stop(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
-    """End the engine, and what is left of the processes that were seen `below` it: Ray's helpers outlive a crash."""
-    below.update({pid: _started(pid) for pid in _tree(child.pid)})
-    child.terminate()
-    try:
-        child.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-    for pid, started in list(below.items()):
-        if started and _started(pid) == started:  # not another process under the same number
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-
-@contextmanager
-def _terminate_is_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does; only the main thread may and need ask for it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises `FedistillError` ("busy") if another process works in it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        yield
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FedistillError("busy", f"Another process is working in {out}: wait for it, or stop it.") from None
-        yield
 
 
 def _measure(child: subprocess.Popen[bytes], below: dict[int, str], path: Path, command: str) -> None:
@@ -205,9 +146,9 @@ def _measure(child: subprocess.Popen[bytes], below: dict[int, str], path: Path, 
     peak, began, running = int(before.get("peak_memory_bytes") or 0), time.monotonic(), True
     while running:
         running = _wait(child, SAMPLE_SECONDS)
-        tree = _tree(child.pid)
-        below.update({pid: _started(pid) for pid in tree})
-        peak = max(peak, sum(map(_memory, tree)))
+        tree = process_tree(child.pid)
+        below.update({pid: start_time(pid) for pid in tree})
+        peak = max(peak, sum(map(memory_of, tree)))
         seconds = before.get("seconds", 0.0) + time.monotonic() - began
         write_json(path, {"peak_memory_bytes": peak or None, "seconds": seconds, "command": command})
 
@@ -218,41 +159,3 @@ def _wait(child: subprocess.Popen[bytes], seconds: float) -> bool:
     while child.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
     return child.poll() is None
-
-
-def _tree(root: int) -> list[int]:
-    """`root` and all processes below it; empty where there is no /proc."""
-    parents = {pid: int(fields[1]) for pid, fields in ((p, _stat(p)) for p in _pids()) if fields}
-    found = [root] if root in parents else []
-    for pid in found:  # grows while it is read
-        found += [child for child, parent in parents.items() if parent == pid]
-    return found
-
-
-def _pids() -> list[int]:
-    proc = Path("/proc")
-    return [int(p.name) for p in proc.iterdir() if p.name.isdigit()] if proc.is_dir() else []
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/<pid>/stat from the state on (state, parent, ...); empty if the process is gone."""
-    return _text(pid, "stat").rpartition(")")[2].split()
-
-
-def _started(pid: int) -> str:
-    """The start time, which tells a process from a later one with the same number; empty if it is gone or dead."""
-    fields = _stat(pid)
-    return fields[19] if fields and fields[0] != "Z" else ""
-
-
-def _memory(pid: int) -> int:
-    """Bytes of a process; pages that it shares are counted in part."""
-    lines = _text(pid, "smaps_rollup").splitlines()
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
-def _text(pid: int, name: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text()
-    except OSError:
-        return ""

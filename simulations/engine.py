@@ -64,10 +64,15 @@ def run(config: Config) -> None:
         context.run_config = config.to_dict()  # run_simulation hands over an empty one
         server_main(grid, context)
 
-    gpus = torch.cuda.device_count() if config.device in ("auto", "cuda") else 0
-    share = min(1.0, int(1000 * gpus / at_once) / 1000)
+    share = gpu_share(config.device, at_once)
     resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": share, "max_restarts": RESTARTS}
     run_simulation(server, client_app, sites, backend_config={"client_resources": resources})
+
+
+def gpu_share(device: str, at_once: int) -> float:
+    """The part of a GPU that each of `at_once` processes gets."""
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    return min(1.0, int(1000 * gpus / at_once) / 1000)
 
 
 def start_ray(actors: int) -> None:

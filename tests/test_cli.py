@@ -56,7 +56,7 @@ def fedistill(monkeypatch, capsys):
         (["simulate", "--set", "model=convnt"], "did you mean 'convnet'"),
         (["simulate", "--set", "server_data=none"], "server_data=none is for real sites"),
         (["distill", "--out", "set", "--set", "expert_steps=5"], "segment=4 needs more checkpoints"),
-        (["distill", "--out", "set", "--method", "pmt"], "did you mean 'ptm'"),
+        (["distill", "--out", "set", "--method", "ptmm"], "did you mean 'ptm'"),
         (["distill", "--out", "set", "--set", "rounds=2"], "rounds and seeds belong to a federation"),
         (["simulate", "--set", "device=cuda"], "device=cuda is not available"),
         (["simulate", "--data", "nowhere.npz"], "nowhere.npz"),

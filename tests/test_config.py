@@ -4,8 +4,9 @@ from dataclasses import fields
 
 import pytest
 
-from fedistill.config import PRESETS, TYPES, Config, make_config
+from fedistill.config import LIGHT, PRESETS, TYPES, Config, make_config, recommended_method
 from fedistill.errors import FedistillError
+from fedistill.methods.registry import METHODS
 
 
 def test_strings_and_typed_values_mean_the_same() -> None:
@@ -60,3 +61,13 @@ def test_keys_of_work_follow_what_matters() -> None:
     assert config.key("data", "experts") == make_config({"ipc": 5, "deadline": 3.0}).key("data", "experts")
     assert config.key("data", "experts") != make_config({"width": 64}).key("data", "experts")
     assert config.key("distill") != make_config({"ipc": 5}).key("distill")
+
+
+def test_auto_becomes_a_method_and_cheap_iterations_become_more() -> None:
+    resolved = make_config({"preset": "quick"}).resolved()
+    assert resolved.method == recommended_method(resolved.ipc) in METHODS
+    quick = PRESETS["quick"]["iterations"]
+    assert make_config({"preset": "quick", "method": "ptm"}).resolved().iterations == quick
+    assert make_config({"preset": "quick", "method": "cf"}).resolved().iterations == LIGHT["cf"] * quick
+    assert make_config({"preset": "quick", "method": "cf", "iterations": 7}).resolved().iterations == 7
+    assert set(LIGHT) == {name for name, m in METHODS.items() if m.step is not None and m.sees_images}

@@ -75,9 +75,13 @@ def predict(net: Flat, theta: Tensor, images: Tensor, task: Task) -> Tensor:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm with one architecture: test scores of each network, the learning rate chosen, and the work it took."""
+    """One arm with one architecture: scores of each network, the learning rate chosen, and the work it took.
+
+    scores: on the test images. val_scores: on the validation images, for choices that must not see the test images.
+    """
 
     scores: list[dict[str, Any]]
+    val_scores: list[dict[str, Any]]
     learning_rate: float
     seconds: float
     thetas: list[Tensor]
@@ -96,8 +100,11 @@ def select_and_test(config: Config, task: Task, model: str, material: Material, 
     lr = LEARNING_RATES[chosen]
     more = [(lr, config.seed + 1000 * n) for n in range(1, config.eval_nets)]
     thetas = [searched[chosen], *fit_all(config, task, model, material, more)]
-    scores = [score(predict(net, theta, test.images, task), test.labels, task.kind) for theta in thetas]
-    return Result(scores, lr, time.monotonic() - began, thetas)
+    on_test, on_val = (
+        [score(predict(net, theta, part.images, task), part.labels, task.kind) for theta in thetas]
+        for part in (test, val)
+    )
+    return Result(on_test, on_val, lr, time.monotonic() - began, thetas)
 
 
 def fit_all(

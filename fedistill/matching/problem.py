@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedistill.methods.registry import Method
 
 NOISE = 0.3  # deviation of noise images; with 1.0 the leftover noise hides the lesson where sites' sets are merged
+FEW = 5  # real images of a class
 POLICIES = ("equal", "proportional", "sqrt")
 
 
@@ -73,17 +74,18 @@ class Bundle:
         )
 
     def notes(self, ipc: int) -> tuple[str, ...]:
-        """What the budget of a class was cut to, and why."""
+        """What the budget of a class was cut to, and which classes have so few images that each of them shows."""
         if self.task.kind == "multilabel":
             return ()
-        names = self.task.class_names
-        return tuple(
-            f"class {names[c]}: {n} real image{'s' * (n > 1)}, so {n} synthetic instead of {ipc}"
-            if n
-            else f"class {names[c]}: no image at this site, so none is synthesised"
-            for c, n in enumerate(self.counts)
-            if n < ipc
-        )
+        notes = []
+        for name, n in zip(self.task.class_names, self.counts, strict=True):
+            if n == 0:
+                notes.append(f"class {name}: no image at this site, so none is synthesised")
+            elif n < max(ipc, FEW):
+                cut = f", so {n} synthetic instead of {ipc}" if n < ipc else ""
+                close = "; what is made of so few may resemble them" if n < FEW else ""
+                notes.append(f"class {name}: {n} real image{'s' * (n > 1)}{cut}{close}")
+        return tuple(notes)
 
 
 def cover(findings: Sequence[tuple[Sequence[int], int]], m: int) -> Tensor:
@@ -182,7 +184,7 @@ class Matching:
             return NOISE * torch.randn((n, channels, *size), generator=rng)
         if self.config.init == "phantom":
             return self._phantoms(n, rng)
-        return self.seen().batch(draw_like(targets, self.seen(), rng))
+        return self.seen().batch(draw_like(targets.cpu(), self.seen(), rng))
 
     def _phantoms(self, n: int, rng: torch.Generator) -> Tensor:
         channels, *size = self.bundle.task.geometry

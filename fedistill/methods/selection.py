@@ -17,34 +17,36 @@ def random(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def k_centre(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
-    """Greedy k-centre in the features of the experts: always the image that is farthest from all that are chosen
-    (Sener and Savarese, ICLR 2018), from the one nearest to the mean on."""
-
-    def of_class(features: Tensor, m: int) -> list[int]:
-        chosen = [int((features - features.mean(0)).norm(dim=1).argmin())]
-        gap = torch.full((len(features),), float("inf"))
-        while len(chosen) < m:
-            gap = torch.minimum(gap, (features - features[chosen[-1]]).norm(dim=1))
-            chosen.append(int(gap.argmax()))
-        return chosen
-
-    return _per_class(matching, targets, of_class)
+    """Positions `(m,)`: greedy k-centre in the features of the experts (Sener and Savarese, ICLR 2018)."""
+    return _per_class(matching, targets, farthest)
 
 
 def herding(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
-    """Greedy herding: the next image brings the mean feature of the chosen nearest to that of all (Welling, ICML 2009)."""
+    """Positions `(m,)`: greedy herding in the features of the experts (Welling, ICML 2009)."""
+    return _per_class(matching, targets, nearest_mean)
 
-    def of_class(features: Tensor, m: int) -> list[int]:
-        mean, total = features.mean(0), torch.zeros(features.shape[1])
-        chosen: list[int] = []
-        for n in range(1, m + 1):
-            gap = (mean - (total + features) / n).norm(dim=1)
-            gap[chosen] = float("inf")
-            chosen.append(int(gap.argmin()))
-            total = total + features[chosen[-1]]
-        return chosen
 
-    return _per_class(matching, targets, of_class)
+def farthest(features: Tensor, m: int) -> list[int]:
+    """The image nearest to the mean of `features (n, D)`, then always the one that is farthest from all that are chosen."""
+    chosen = [int((features - features.mean(0)).norm(dim=1).argmin())]
+    gap = torch.full((len(features),), float("inf"))
+    while len(chosen) < m:
+        gap = torch.minimum(gap, (features - features[chosen[-1]]).norm(dim=1))
+        gap[chosen] = -1.0
+        chosen.append(int(gap.argmax()))
+    return chosen
+
+
+def nearest_mean(features: Tensor, m: int) -> list[int]:
+    """Always the image that brings the mean of the chosen nearest to the mean of all `features (n, D)`."""
+    mean, total = features.mean(0), torch.zeros(features.shape[1])
+    chosen: list[int] = []
+    for n in range(1, m + 1):
+        gap = (mean - (total + features) / n).norm(dim=1)
+        gap[chosen] = float("inf")
+        chosen.append(int(gap.argmin()))
+        total = total + features[chosen[-1]]
+    return chosen
 
 
 def _per_class(matching: Matching, targets: Tensor, of_class: Callable[[Tensor, int], list[int]]) -> Tensor:

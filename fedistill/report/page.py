@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedistill.methods.registry import METHODS
 from fedistill.report import tables
 from fedistill.report.curves import Curve, arms_chart, highest, loss_chart
 from fedistill.synthetic.set import SyntheticSet
@@ -37,7 +38,10 @@ def render_report(summary: Mapping[str, Any], sets: Mapping[str, SyntheticSet], 
     sites = [_site(site, sets, curves) for site in summary.get("sites") or []]
     class_names = [str(name) for name in data.get("class_names") or []]
     charted = tables.charted(summary)
+    method = METHODS.get(str(config.get("method")))
     return page.render(
+        method_reads=method is not None and method.sees_images,
+        method_selects=method is not None and method.select is not None,
         data=data,
         data_name=data.get("name") or config.get("data") or "an unnamed data set",
         config=config,

@@ -41,6 +41,7 @@ from fedistill.wire import quantise
 
 CURVE_EVERY = 10  # iterations per point of the loss curve
 REAL_IMAGES = "These are real patients' images, selected for comparison: never send them."
+PHASES = ("experts", "distill")
 PRIVACY = (
     "No formal guarantee: the experts were trained without differential privacy, and a distilled set can reveal facts about the "
     "images it was made from."
@@ -89,7 +90,7 @@ def advance(
     if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
         check_budget(config, data)
     began, until = time.monotonic(), time.monotonic() + seconds
-    spent = read_json(folders.seconds) if folders.seconds.exists() else {}
+    spent = {phase: read_json(file) for phase in PHASES if (file := folders.seconds(phase)).exists()}
     if not folders.facts.exists():
         checkpoints, done, total = folders.checkpoints, 0, 0
         if method.experts:
@@ -135,8 +136,8 @@ def _distil_slice(
     ready = finished(matching, state)
     if ready:
         check_skips(matching, state)
-    _spend(folders, spent, f"distill-{folders.name}", began)
-    distilling = spent[f"distill-{folders.name}"]
+    _spend(folders, spent, "distill", began)
+    distilling = spent["distill"]
     progress = Progress(
         phase="ready" if ready else "distill",
         step=total if ready else state.iteration,
@@ -247,9 +248,9 @@ class _Folders:
     def facts(self) -> Path:
         return self.experts / f"facts-{self.checkpoints}.json"
 
-    @property
-    def seconds(self) -> Path:
-        return self.experts / "seconds.json"
+    def seconds(self, phase: str) -> Path:
+        """A file per phase: jobs that share the experts may distil at the same time."""
+        return (self.experts if phase == "experts" else self.experts / self.name) / f"seconds-{phase}.json"
 
     @property
     def state(self) -> Path:
@@ -264,7 +265,7 @@ class _Folders:
 
 def _spend(folders: _Folders, spent: dict[str, float], phase: str, began: float) -> None:
     spent[phase] = spent.get(phase, 0.0) + time.monotonic() - began
-    write_json(folders.seconds, spent)
+    write_json(folders.seconds(phase), spent[phase])
 
 
 def _curve(losses: list[float], before: int) -> tuple[tuple[int, float], ...]:

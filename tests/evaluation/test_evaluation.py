@@ -79,7 +79,7 @@ def test_deviations() -> None:
 
 def test_the_test_set_has_no_say_in_what_is_chosen(tiny: Dataset) -> None:
     """With every test label wrong, the learning rate and the networks are the same to the last bit."""
-    config, task, material = settings(), task_of(tiny), of_split(tiny.train, 3)
+    config, task, material = settings(), task_of(tiny), of_split(tiny.train, task_of(tiny))
     poisoned = Split(tiny.test.images, (tiny.test.labels + 1) % 3, tiny.test.site)
     one = select_and_test(config, task, "convnet", material, tiny.val, tiny.test)
     two = select_and_test(config, task, "convnet", material, tiny.val, poisoned)
@@ -90,10 +90,10 @@ def test_the_test_set_has_no_say_in_what_is_chosen(tiny: Dataset) -> None:
 
 def test_a_learning_rate_that_diverges_is_not_chosen(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit_module, "LEARNING_RATES", (1e30, 0.01))
-    result = select_and_test(settings(), task_of(tiny), "mlp", of_split(tiny.train, 3), tiny.val, tiny.test)
+    result = select_and_test(settings(), task_of(tiny), "mlp", of_split(tiny.train, task_of(tiny)), tiny.val, tiny.test)
     assert result.learning_rate == 0.01
     monkeypatch.setattr(fit_module, "LEARNING_RATES", (1e30,))
-    result = select_and_test(settings(), task_of(tiny), "mlp", of_split(tiny.train, 3), tiny.val, tiny.test)
+    result = select_and_test(settings(), task_of(tiny), "mlp", of_split(tiny.train, task_of(tiny)), tiny.val, tiny.test)
     assert result.scores[0]["balanced_accuracy"] == pytest.approx(1 / 3)
 
 

@@ -17,7 +17,8 @@ from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json
-from fedistill.simulation import _started, _tree, app_folder, simulate
+from fedistill.processes import process_tree, start_time
+from fedistill.simulation import app_folder, simulate
 
 TINY = {
     "partition": "iid", "sites": 3, "phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "width": 8,
@@ -44,16 +45,16 @@ def test_process_tree_sees_a_grandchild() -> None:
     child = subprocess.Popen([sys.executable, "-c", code])
     try:
         end = time.monotonic() + 10
-        while len(_tree(child.pid)) < 2 and time.monotonic() < end:
+        while len(process_tree(child.pid)) < 2 and time.monotonic() < end:
             time.sleep(0.05)
-        tree = _tree(child.pid)
+        tree = process_tree(child.pid)
         assert len(tree) == 2
-        assert all(map(_started, tree))
+        assert all(map(start_time, tree))
     finally:
-        for pid in _tree(child.pid):
+        for pid in process_tree(child.pid):
             os.kill(pid, signal.SIGKILL)
         child.wait()
-    assert _tree(child.pid) == []
+    assert process_tree(child.pid) == []
 
 
 @pytest.mark.flower
@@ -85,12 +86,12 @@ def test_stopped_run_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end and not any(e.step for e in read_events(out / "events.jsonl")[0]):
         time.sleep(0.1)
-    below = {pid: _started(pid) for pid in _tree(child.pid)}
+    below = {pid: start_time(pid) for pid in process_tree(child.pid)}
     child.terminate()
     said, _ = child.communicate(timeout=30)
     assert child.returncode == 130
     assert "The same command goes on from here: again" in said
     time.sleep(0.5)
-    assert [pid for pid, started in below.items() if started and _started(pid) == started] == []
+    assert [pid for pid, started in below.items() if started and start_time(pid) == started] == []
     simulate(Config(**values), Console(file=StringIO()))  # type: ignore[arg-type]
     assert read_json(out / "summary.json")["sites"][0]["status"] == "ok"

@@ -20,6 +20,15 @@ def test_every_model_takes_every_geometry(name: str, channels: int, size: int) -
     assert net.features(theta, x).shape[0] == 2
 
 
+@pytest.mark.parametrize(("size", "depth"), [(28, 4), (64, 4), (112, 5), (128, 3)])
+def test_deeper_networks_for_larger_images(size: int, depth: int) -> None:
+    net = Flat(build("convnet", (1, size, size), 2, width=4, depth=depth))
+    assert net.features(net.initial(generator(0)), torch.zeros((1, 1, size, size))).shape == (
+        1,
+        4 * (size >> depth) ** 2,
+    )
+
+
 def test_unknown_model() -> None:
     with pytest.raises(FedistillError, match="did you mean 'convnet'"):
         build("convnets", (1, 28, 28), 2)

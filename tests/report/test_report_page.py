@@ -261,3 +261,16 @@ def test_empty_summary_still_renders() -> None:
     text = parse(render_report(bare, {}, {"lonely": []})).text
     assert "lonely" in text
     assert "Other architectures" not in text
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("cf", "compares them with the real images in every iteration"),
+        ("random", "These are real patients’ images"),
+    ],
+)
+def test_what_a_method_reads_is_said(method: str, sentence: str) -> None:
+    summary = make_summary()
+    assert sentence not in " ".join(render(summary | {"config": summary["config"] | {"method": "ptm"}}).split())
+    assert sentence in " ".join(render(summary | {"config": summary["config"] | {"method": method}}).split())

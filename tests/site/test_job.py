@@ -16,9 +16,12 @@ from fedistill.errors import FedistillError
 from fedistill.evaluation.fit import Material, fit, of_split, predict
 from fedistill.evaluation.metrics import score
 from fedistill.files import read_json
+from fedistill.matching.distil import distil, start
+from fedistill.matching.problem import prepare
+from fedistill.methods.registry import METHODS, method_of
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
-from fedistill.site.job import Progress, advance, released_set
+from fedistill.site.job import Progress, _Folders, advance, load_bundle, released_set
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import quantise
@@ -46,23 +49,24 @@ def same(a: SyntheticSet, b: SyntheticSet) -> bool:
     return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.step_size == b.step_size
 
 
-@pytest.mark.parametrize("method", ["mtt", "datm", "ptm", "prune"])
+@pytest.mark.parametrize("method", list(METHODS))
 def test_slices_give_the_same_bits_as_one_go(method: str, tiny: Dataset, tmp_path: Path) -> None:
     config = settings(method=method)
     whole, _ = finish(config, tiny, tmp_path / "whole")
-    sliced, slices = finish(config, tiny, tmp_path / "sliced", seconds=0.05)
-    assert len(slices) > 2
+    sliced, slices = finish(config, tiny, tmp_path / "sliced", seconds=0.01)
     assert same(whole, sliced)
     assert same(whole, quantise(whole))
-    points = [k for s in slices for k, _ in s.curve]
-    assert points == sorted(set(points)) == [10]
+    if METHODS[method].step is not None:
+        assert len(slices) > 2
+        points = [k for s in slices for k, _ in s.curve]
+        assert points == sorted(set(points)) == [10]
 
 
 def test_the_distiller_cannot_see_the_images(tiny: Dataset, tmp_path: Path) -> None:
     """After expert training every image is overwritten: the synthetic set is the same to the last bit."""
     config = settings(method="ptm", labels="soft")
     advance(config, tiny, "north", tmp_path / "a", seconds=0)
-    while not list((tmp_path / "a").rglob("facts.json")):
+    while not list((tmp_path / "a").rglob("facts-*.json")):
         advance(config, tiny, "north", tmp_path / "a", seconds=0)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     private = copy.deepcopy(tiny)
@@ -72,10 +76,22 @@ def test_the_distiller_cannot_see_the_images(tiny: Dataset, tmp_path: Path) -> N
     assert same(finish(config, tiny, tmp_path / "a")[0], finish(config, private, tmp_path / "b")[0])
 
 
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.sees_images])
+def test_methods_that_read_real_images_say_so(method: str, tiny: Dataset, tmp_path: Path) -> None:
+    """The other side of the test above: without the images these methods cannot even begin."""
+    config = settings(method=method)
+    while not list(tmp_path.rglob("facts-*.json")):
+        advance(config, tiny, "north", tmp_path, seconds=0)
+    bundle = load_bundle(config, tiny, _Folders.of(config, tiny, "north", tmp_path, ""))
+    matching = prepare(config, method_of(config), bundle)
+    with pytest.raises(FedistillError, match="has no access to them"):
+        distil(matching, start(matching, "north"), until=float("inf"))
+
+
 def test_real_initialisation_does_see_them(tiny: Dataset, tmp_path: Path) -> None:
     """The test above can fail: with init=real, the same overwriting changes the set."""
     config = settings(init="real")
-    while not list(tmp_path.rglob("facts.json")):
+    while not list(tmp_path.rglob("facts-*.json")):
         advance(config, tiny, "north", tmp_path / "a", seconds=0)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     private = copy.deepcopy(tiny)
@@ -154,6 +170,44 @@ def test_a_segment_longer_than_the_trajectory_is_refused(tiny: Dataset, tmp_path
         finish(settings(segment=8, expert_steps=20), tiny, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["ptm", "datm", "line", "cf", "herding"])
+def test_a_pool_of_two_architectures_works_with_every_kind_of_method(
+    method: str, tiny: Dataset, tmp_path: Path
+) -> None:
+    made, slices = finish(settings(method=method, model="convnet,mlp"), tiny, tmp_path)
+    assert torch.isfinite(made.images).all()
+    assert slices[-1].skipped == 0
+    assert not same(made, finish(settings(method=method), tiny, tmp_path)[0])
+
+
+def test_a_residual_network_can_be_matched(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(
+        method="mtt",
+        model="resnet18",
+        experts=1,
+        expert_steps=5,
+        expert_batch=2,
+        segment=1,
+        iterations=1,
+        syn_steps=1,
+        ipc=1,
+    )
+    made, slices = finish(config, tiny, tmp_path)
+    assert torch.isfinite(made.images).all()
+    assert slices[-1].loss is not None
+    assert 0 < slices[-1].loss < 10
+
+
+@pytest.mark.parametrize("budget", ["proportional", "sqrt"])
+def test_a_budget_follows_the_classes(budget: str, tiny: Dataset, tmp_path: Path) -> None:
+    keep = torch.cat([torch.nonzero(tiny.train.labels == c).flatten()[:n] for c, n in ((0, 30), (1, 6), (2, 3))])
+    nothing = torch.empty(0, dtype=torch.int64)
+    skewed = tiny.at({"train": keep, "val": nothing, "test": nothing}, "skewed")
+    made, _ = finish(settings(budget=budget, ipc=3), skewed, tmp_path)
+    counts = torch.bincount(made.hard_labels, minlength=3).tolist()
+    assert counts == ([7, 1, 1] if budget == "proportional" else [5, 2, 2])
+
+
 def test_soft_labels_are_distributions_and_move(tiny: Dataset, tmp_path: Path) -> None:
     made, _ = finish(settings(method="datm"), tiny, tmp_path)
     assert torch.allclose(made.labels.sum(1), torch.ones(len(made)), atol=0.01)
@@ -163,7 +217,7 @@ def test_soft_labels_are_distributions_and_move(tiny: Dataset, tmp_path: Path) -
 def test_overlap_mitigation_is_recorded(tiny: Dataset, tmp_path: Path) -> None:
     made, _ = finish(settings(method="ptm", iterations=101), tiny, tmp_path)
     assert made.manifest["north"]["replaced_for_overlap"] >= 0
-    facts = read_json(next(tmp_path.rglob("facts.json")))
+    facts = read_json(next(tmp_path.rglob("facts-*.json")))
     assert len(facts["overlap_limits"]) == 5
 
 
@@ -189,11 +243,11 @@ def test_distillation_beats_random_images_at_one_image_per_class(tmp_path: Path)
 
     def balanced(material: Material, seed: int) -> float:
         theta = fit(config, task, "convnet", material, lr=0.01, seed=seed)
-        probabilities = predict(task.network("convnet", config), theta, data.test.images, task.modality)
+        probabilities = predict(task.network("convnet", config), theta, data.test.images, task)
         return score(probabilities, data.test.labels)["balanced_accuracy"]
 
     made, _ = finish(config, data, tmp_path)
     ours = [balanced(Material(made.images, made.labels), n) for n in range(3)]
-    draws = [balanced(of_split(data.train.take(torch.arange(3) + 3 * n), 3), n) for n in range(6)]
+    draws = [balanced(of_split(data.train.take(torch.arange(3) + 3 * n), task), n) for n in range(6)]
     error = statistics.stdev(draws) / len(draws) ** 0.5
     assert statistics.mean(ours) > statistics.mean(draws) + 2 * error, (ours, draws)

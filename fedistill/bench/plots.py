@@ -1,0 +1,83 @@
+"""Accuracy against what a set costs, from the rows of `results.csv`: one panel per data set, a line per method."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedistill.bench.results import Row
+from fedistill.bench.suite import WHOLE
+from fedistill.bench.tables import figures, methods_of, models_of, places_of
+from fedistill.evaluation.metrics import mean_std
+from fedistill.files import write_bytes
+from fedistill.report.curves import PALETTE
+
+METRIC = "balanced_accuracy"
+COSTS = {"images": "images in the set", "upload_bytes": "bytes of the set"}
+MARKERS = "osD^vP*"
+DASHES = ("-", "--", ":")  # colour, marker and dash together tell more methods apart than there are colours
+
+
+def write_plots(rows: Sequence[Row], out: Path) -> list[Path]:
+    """`accuracy-by-images.svg` and `accuracy-by-bytes.svg` in `out`; nothing where there is nothing to draw."""
+    drawn = [row for row in rows if row["status"] == "ok" and row["model"] == models_of(rows)[0]]
+    if not methods_of(drawn):
+        return []
+    paths = [out / "accuracy-by-images.svg", out / "accuracy-by-bytes.svg"]
+    for path, cost in zip(paths, COSTS, strict=True):
+        write_bytes(path, _plot(drawn, cost))
+    return paths
+
+
+def _plot(rows: Sequence[Row], cost: str) -> bytes:
+    # matplotlib takes a second to import; without pyplot, no window system is touched
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    sets = sorted({row["data"] for row in rows})
+    methods = methods_of(rows)
+    figure = Figure(figsize=(4 * len(sets) + 2.4, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    lines = {}
+    for panel, data in zip(panels, sets, strict=True):
+        for k, method in enumerate(methods):
+            points = [(ipc, figures(rows, data, ipc, method, METRIC)) for d, ipc in places_of(rows) if d == data]
+            drawn = [
+                (_mean_cost(rows, data, ipc, method, cost), mean_std(list(f.values.values())))
+                for ipc, f in points
+                if f.values
+            ]
+            if not drawn:
+                continue
+            x, both = zip(*sorted(drawn, key=lambda point: point[0]), strict=True)
+            lines[method] = panel.errorbar(
+                x,
+                [b["mean"] for b in both],
+                yerr=[b["std"] or 0.0 for b in both],
+                color=PALETTE[k % len(PALETTE)],
+                marker=MARKERS[k % len(MARKERS)],
+                linestyle=DASHES[k // len(PALETTE) % len(DASHES)],
+                markersize=4,
+                capsize=2,
+                linewidth=1.2,
+            )
+        whole = mean_std(list(figures(rows, data, 0, WHOLE, METRIC).values.values()))
+        if whole["mean"] is not None:
+            lines[WHOLE] = panel.axhline(whole["mean"], color="0.35", linewidth=1, linestyle=(0, (6, 3)))
+            spread = whole["std"] or 0.0
+            panel.axhspan(whole["mean"] - spread, whole["mean"] + spread, color="0.35", alpha=0.12, linewidth=0)
+        panel.set(title=data, xlabel=COSTS[cost], xscale="log")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel(f"balanced accuracy ({models_of(rows)[0]})")
+    figure.legend(list(lines.values()), list(lines), loc="outside right center", frameon=False, fontsize="small")
+    buffer = io.BytesIO()
+    # the same rows give the same file
+    with matplotlib.rc_context({"svg.hashsalt": "fedistill", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _mean_cost(rows: Sequence[Row], data: str, ipc: int, method: str, cost: str) -> float:
+    values = figures(rows, data, ipc, method, cost).values
+    return sum(values.values()) / len(values)

@@ -1,0 +1,121 @@
+"""Child processes in good order: start one, see what is below it, end all of it; and one process per folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import fedistill
+from fedistill.errors import FedistillError
+
+STOP_SECONDS = 15.0
+
+
+def start_engine(app: Path, script: str, out: Path) -> subprocess.Popen[bytes]:
+    """Run `simulations/<script> OUT PARENT` of `app` as a child process; what it says goes to `log.txt` in `out`."""
+    paths = [str(app), str(Path(fedistill.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    with open(out / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, str(app / "simulations" / script), str(out), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C is for us; we stop the engine in good order
+        )
+
+
+def stop_engine(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
+    """End the engine, and what is left of the processes that were seen `below` it: Ray's helpers outlive a crash."""
+    below.update({pid: start_time(pid) for pid in process_tree(child.pid)})
+    child.terminate()
+    try:
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    for pid, started in list(below.items()):
+        if started and start_time(pid) == started:  # not another process under the same number
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+@contextmanager
+def terminate_is_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does; only the main thread may and need ask for it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises `FedistillError` ("busy") if another process works in it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: no lock
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FedistillError("busy", f"Another process is working in {out}: wait for it, or stop it.") from None
+        yield
+
+
+def process_tree(root: int) -> list[int]:
+    """`root` and all processes below it; empty where there is no /proc."""
+    parents = {pid: int(fields[1]) for pid, fields in ((p, _stat(p)) for p in _pids()) if fields}
+    found = [root] if root in parents else []
+    for pid in found:  # grows while it is read
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found
+
+
+def _pids() -> list[int]:
+    proc = Path("/proc")
+    return [int(p.name) for p in proc.iterdir() if p.name.isdigit()] if proc.is_dir() else []
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/<pid>/stat from the state on (state, parent, ...); empty if the process is gone."""
+    return _text(pid, "stat").rpartition(")")[2].split()
+
+
+def start_time(pid: int) -> str:
+    """The start time, which tells a process from a later one with the same number; empty if it is gone or dead."""
+    fields = _stat(pid)
+    return fields[19] if fields and fields[0] != "Z" else ""
+
+
+def memory_of(pid: int) -> int:
+    """Bytes of a process; pages that it shares are counted in part."""
+    lines = _text(pid, "smaps_rollup").splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def _text(pid: int, name: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,206 @@
+"""Speed and memory as ratios: `python simulations/benchmarks/speed.py matching|experts [--json]`.
+
+matching: one outer iteration of a ConvNet of width 128 on 90 RGB images of 32 pixels: the compiled and the plain adjoint
+    against one autograd graph through all student steps (what MTT's own code does), and the convolution throughput reached.
+experts: images per second of parallel expert training against a single-thread loop times the cores.
+
+Every variant runs in a process of its own, so that its peak of memory is its own. Quote the ratios, not the seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedistill.config import make_config
+from fedistill.data.dataset import Split
+from fedistill.experts.train import Task, train_experts
+from fedistill.matching.objective import mismatch
+from fedistill.matching.student import adjoint, student_of, unroll
+from fedistill.matching.trajectory import batch_of
+from fedistill.memory import keep_freed_memory
+from fedistill.models.augment import Draw
+from fedistill.models.flat import Flat
+from fedistill.models.loss import loss_of
+from fedistill.models.nets import build
+from fedistill.seeding import generator
+
+WIDTH, IMAGES, SIZE, CLASSES = 128, 90, 32, 9
+
+
+def problem(steps: int):  # type: ignore[no-untyped-def]
+    rng = generator(0, "speed")
+    net = Flat(build("convnet", (3, SIZE, SIZE), CLASSES, width=WIDTH, depth=3))
+    start = net.initial(rng)
+    target = start + 0.01 * torch.randn(net.size, generator=rng)
+    images = torch.randn((IMAGES, 3, SIZE, SIZE), generator=rng)
+    labels = F.one_hot(torch.arange(IMAGES) % CLASSES, CLASSES).float()
+    batches = [batch_of(torch.arange(IMAGES), Draw("none"))] * steps
+    return net, start, target, images, labels, batches, torch.tensor(0.01)
+
+
+def unrolled(steps: int) -> None:
+    """The plain reference: one graph through all steps."""
+    net, start, target, images, labels, batches, alpha = problem(steps)
+    images.requires_grad_(True)
+    alpha.requires_grad_(True)
+    theta = start.requires_grad_(True)
+    for batch in batches:
+        x, y = batch(images, labels)
+        (g,) = torch.autograd.grad(loss_of("multiclass", net(theta, x), y), theta, create_graph=True)
+        theta = theta - alpha * g
+    torch.autograd.grad(mismatch(theta, start, target, torch.ones_like(start)), (images, alpha))
+
+
+def exact(steps: int, compiled: bool):  # type: ignore[no-untyped-def]
+    net, start, target, images, labels, batches, alpha = problem(steps)
+    student = student_of(lambda theta, x, y: loss_of("multiclass", net(theta, x), y), compiled=compiled)
+
+    def iteration() -> None:
+        path = unroll(student, start, images, labels, batches, alpha)
+        lam = 2 * (path[-1] - target) / (start - target).square().sum()
+        adjoint(student, path, images, labels, batches, alpha, {steps: lam})
+
+    return iteration
+
+
+def child(variant: str, steps: int, repeats: int) -> dict[str, float]:
+    """One variant in this process: seconds of one iteration (median), bytes at the peak."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    run = (lambda: unrolled(steps)) if variant == "unrolled" else exact(steps, variant == "compiled")
+    began = time.perf_counter()
+    run()
+    first = time.perf_counter() - began
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": median(seconds), "first": first, "peak": peak}
+
+
+def base() -> int:
+    """Bytes of a process that has only imported everything."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def conv_throughput() -> float:
+    """FLOP per second of this network's own convolutions, forward and backward, alone: what the machine can do."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    flop, seconds = 0, 0.0
+    for inside, size in ((3, SIZE), (WIDTH, SIZE // 2), (WIDTH, SIZE // 4)):
+        x = torch.randn((IMAGES, inside, size, size), requires_grad=True)
+        w = torch.randn((WIDTH, inside, 3, 3), requires_grad=True)
+        for timed in (False, True, True, True):
+            began = time.perf_counter()
+            y = F.conv2d(x, w, padding=1)
+            torch.autograd.grad(y, (x, w), torch.ones_like(y))
+            if timed:
+                seconds += time.perf_counter() - began
+                flop += 3 * 2 * IMAGES * WIDTH * inside * 9 * size * size
+    return flop / seconds
+
+
+def flop_of_iteration(steps: int) -> int:
+    with FlopCounterMode(display=False) as counter:
+        exact(steps, False)()
+    return int(counter.get_total_flops())
+
+
+def in_child(*words: str) -> dict[str, float]:
+    done = subprocess.run([sys.executable, __file__, *words, "--json"], check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def matching() -> dict[str, float]:
+    empty = in_child("base")["peak"]
+    cells = {
+        (variant, steps): in_child("child", variant, str(steps), repeats)
+        for variant, steps, repeats in (
+            ("unrolled", 20, "2"),
+            ("compiled", 20, "3"),
+            ("plain", 20, "2"),
+            ("compiled", 80, "1"),
+        )
+    }
+    reference, fast, plain, long = cells.values()
+    reached = flop_of_iteration(20) / fast["seconds"] / conv_throughput()
+    return {
+        "seconds, unrolled reference": reference["seconds"],
+        "seconds, plain adjoint": plain["seconds"],
+        "seconds, compiled adjoint": fast["seconds"],
+        "seconds, first iteration of the compiled adjoint": fast["first"],
+        "times faster than the reference, plain": reference["seconds"] / plain["seconds"],
+        "times faster than the reference, compiled": reference["seconds"] / fast["seconds"],
+        "peak over the reference's": fast["peak"] / reference["peak"],
+        "peak over the reference's, without what imports take": (fast["peak"] - empty) / (reference["peak"] - empty),
+        "peak with 80 steps over that with 20": long["peak"] / fast["peak"],
+        "share of the machine's convolution throughput": reached,
+    }
+
+
+def experts() -> dict[str, float]:
+    """RGB images of 28 pixels, width 32, batch 64."""
+    rng, cores = generator(0), os.cpu_count() or 1
+    images = torch.randint(256, (512, 3, 28, 28), generator=rng, dtype=torch.uint8)
+    train = Split(images, torch.arange(512) % 5, torch.zeros(512, dtype=torch.int64))
+    task = Task((3, 28, 28), tuple("abcde"), "microscopy")
+
+    def seconds(workers: int, each: int) -> float:
+        config = make_config(
+            {"experts": workers, "workers": workers, "expert_steps": each, "preset": "quick"}
+        ).resolved()
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            for until in (60, each):  # the first steps warm the processes up and are not counted
+                began = time.perf_counter()
+                train_experts(config, task, train, Path(folder), site="a", checkpoints=until // 10, until=float("inf"))
+            return time.perf_counter() - began
+
+    torch.set_num_threads(1)
+    alone, together = seconds(1, 460), seconds(cores, 460)
+    return {
+        "cores": cores,
+        "images per second, one process": 400 * 64 / alone,
+        "images per second, a process per core": cores * 400 * 64 / together,
+        "share of a single-thread loop times cores": alone / together,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("matching", "experts", "child", "base"))
+    parser.add_argument("more", nargs="*")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    if given.what == "child":
+        variant, steps, repeats = given.more
+        result = child(variant, int(steps), int(repeats))
+    elif given.what == "base":
+        result = {"peak": base()}
+    else:
+        result = matching() if given.what == "matching" else experts()
+    if given.json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name:60s} {value:12.3f}")
+
+
+if __name__ == "__main__":
+    main()

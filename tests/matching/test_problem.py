@@ -1,0 +1,140 @@
+"""Budgets, labels and starting images: what a distillation begins with."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedistill.config import make_config
+from fedistill.data.dataset import Dataset
+from fedistill.errors import FedistillError
+from fedistill.experts.train import Task
+from fedistill.matching.distil import check_skips, distil, start, warnings
+from fedistill.matching.problem import (
+    POLICIES,
+    Bundle,
+    Matching,
+    Real,
+    budget_of,
+    cover,
+    draw_like,
+    horizon,
+    membership,
+    prepare,
+)
+from fedistill.methods.registry import method_of
+from fedistill.models.loss import groups_of, targets_of
+from fedistill.seeding import generator
+from fedistill.site.describe import task_of
+
+
+@given(st.lists(st.integers(0, 200), min_size=2, max_size=9).filter(any), st.integers(1, 20), st.sampled_from(POLICIES))
+def test_budgets_stay_within_what_is_there(counts: list[int], ipc: int, policy: str) -> None:
+    budget = budget_of(counts, ipc, policy)
+    assert all((0 < b <= n) if n else b == 0 for b, n in zip(budget, counts, strict=True))
+    present = sum(n > 0 for n in counts)
+    assert sum(budget) <= ipc * present + present  # rounding, and one image for the rarest
+
+
+def test_budget_policies_differ_as_they_say() -> None:
+    counts = [900, 100, 0]
+    assert budget_of(counts, 10, "equal") == [10, 10, 0]
+    assert budget_of(counts, 10, "proportional") == [18, 2, 0]
+    assert budget_of(counts, 10, "sqrt") == [15, 5, 0]
+
+
+def test_cover_takes_the_rarest_finding_first_and_no_vector_too_often() -> None:
+    findings = [((1, 0, 0), 50), ((0, 1, 0), 3), ((0, 0, 1), 1), ((0, 0, 0), 50), ((1, 1, 0), 2)]
+    chosen = [tuple(int(x) for x in row) for row in cover(findings, 6)]
+    assert len(set(chosen[:4])) == 4
+    assert {(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)} <= set(chosen)
+    assert Counter(chosen)[(0, 0, 1)] == 1
+    with pytest.raises(FedistillError, match="has 106 images"):
+        cover(findings, 107)
+
+
+def test_groups_and_membership_of_findings() -> None:
+    targets = torch.tensor([[0.0, 1, 1], [0, 0, 0]])
+    assert groups_of(targets, "multilabel").tolist() == [1, 3]
+    assert membership(targets, "multilabel").tolist() == [[0, 1, 1, 0], [0, 0, 0, 1]]
+    assert membership(torch.tensor([[0.2, 0.7, 0.1]]), "ordinal").tolist() == [[0, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_real_images_are_drawn_to_fit_and_never_twice(kind: str) -> None:
+    task = Task((1, 8, 8), ("a", "b", "c"), "generic", kind)
+    labels = torch.arange(30) % 3
+    targets = targets_of(labels, 3, "multiclass")
+    real = Real(torch.zeros((30, 1, 8, 8), dtype=torch.uint8), targets, task)
+    wanted = targets_of(torch.tensor([2, 0, 0, 1, 2]), 3, "multiclass")
+    chosen = draw_like(wanted, real, generator(0))
+    assert torch.equal(targets[chosen], wanted)
+    assert len(set(chosen.tolist())) == 5
+    assert not torch.equal(chosen, draw_like(wanted, real, generator(1)))
+
+
+def test_only_what_the_schedule_can_reach_is_needed() -> None:
+    def needed(**settings: object) -> int:
+        config = make_config({"expert_steps": 300, "checkpoint_every": 10, "segment": 4, **settings}).resolved()
+        return horizon(config, method_of(config))
+
+    assert needed(method="ptm", ipc=1) == 12  # 4 + 0.3 of the remaining 26
+    assert needed(method="ptm", ipc=50) == 30
+    assert needed(method="datm", ipc=1) == 30  # soft labels ask the finished expert
+    assert needed(method="cf", ipc=1) == 30
+
+
+def matching_of(data: Dataset, **settings: object) -> Matching:
+    tiny = {"preset": "quick", "width": 4, "ipc": 1, "segment": 2, "expert_steps": 50, "experts": 2, "iterations": 10}
+    config = make_config(tiny | settings).resolved()
+    task = task_of(data)
+    net, rng = task.network("convnet", config), generator(0, "walk")
+    paths = tuple(
+        net.initial(rng) + 0.05 * torch.randn((6, net.size), generator=rng).cumsum(0) for _ in range(config.experts)
+    )
+    return prepare(config, method_of(config), Bundle(task, paths, tuple(data.train.counts(3))))
+
+
+def test_images_that_no_expert_classifies_get_confident_labels(tiny: Dataset) -> None:
+    """DATM's mean over the experts that are right is 0/0 there: its code makes NaN of it."""
+    matching = matching_of(tiny, method="datm")
+    images = torch.zeros((3, 1, 16, 16))
+    opinion = int(matching.net_of(0)(matching.trajectories[0][-1], images)[0].argmax())
+    wrong = [c for c in range(3) if c != opinion][:1] * 3
+    targets = targets_of(torch.tensor(wrong), 3, "multiclass")
+    found = matching.opinions(images, targets)
+    assert torch.isfinite(found).all()
+    assert (found.argmax(1) == targets.argmax(1)).all() or (found.argmax(1) == opinion).all()
+
+
+def test_the_first_step_size_does_not_overshoot(tiny: Dataset) -> None:
+    """A tiny site's expert moves little per checkpoint: at the expert's own pace the student would shoot past it."""
+    slow = start(matching_of(tiny, expert_lr=0.01), "here")
+    fast = start(matching_of(tiny, expert_lr=20.0), "here")
+    assert float(fast.step_size) < 20.0 * 2 * 10 / 10  # what the expert's pace asks for
+    assert float(fast.step_size) / float(slow.step_size) < 2000
+
+
+def test_a_student_that_gets_nowhere_is_said(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedistill.matching.distil.STUCK_FOR", 10)
+    matching = matching_of(tiny, iterations=10, image_lr=0.0, step_lr=0.0)
+    state = start(matching, "here")
+    state.log_step.fill_(-9.0)
+    distil(matching, state, until=float("inf"))
+    assert "raise syn_steps or lower segment" in warnings(matching, state)[0]
+    check_skips(matching, state)
+
+
+def test_a_far_end_gets_more_student_steps(tiny: Dataset) -> None:
+    """A growing end would outrun a fixed number of steps, and the loss would stay near 1 whatever the images are."""
+    from fedistill.matching.trajectory import make_plan
+
+    matching = matching_of(tiny, method="ptm", window=1.0, syn_steps=4)
+    state = start(matching, "here")
+    near = len(make_plan(matching, state, generator(0)).batches)
+    state.iteration = 9
+    assert len(make_plan(matching, state, generator(0)).batches) > near == 4
