@@ -127,7 +127,7 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
 @app.evaluate("models")
 @answers
 def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
-    """How often each global model takes one class of this site's images for another."""
+    """How often each global model takes one class of this site's images for another, or a finding for none."""
     split = str(_job(msg)["split"])
     return _reply({
         name: confusion_at(config, site.data, name.partition("@")[0], torch.from_numpy(theta.copy()), split).tolist()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedistill.config import Config, make_config
-from fedistill.data.dataset import Dataset, Split
+from fedistill.data.dataset import Dataset, Split, of_task
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
 from fedistill.site.describe import task_of
@@ -31,15 +31,17 @@ def distill(
 ) -> SyntheticSet:
     """Distil labelled images into a few synthetic ones.
 
-    images: `(n, C, H, W)` or `(n, H, W)`, uint8, or floating point in 0..1. labels: `(n,)` whole numbers from 0.
-    settings: any configuration key, for example `ipc=10, method="datm", preset="quick", seed=0`.
-    Returns a `torch.utils.data.Dataset` of (normalised image, label distribution). Raises `FedistillError` on bad input.
+    images: `(n, C, H, W)`, `(n, H, W)` or volumes `(n, C, D, H, W)`, uint8, or floating point in 0..1.
+    labels: `(n,)` whole numbers from 0, or `(n, K)` of 0 and 1 where an image may have several of K findings.
+    settings: any configuration key, for example `ipc=10, method="datm", preset="quick", seed=0`; `task="ordinal"` says that
+        the labels are grades.
+    Returns a `torch.utils.data.Dataset` of (normalised image, label `(K,)`). Raises `FedistillError` on bad input.
 
         synthetic = fedistill.distill(images, labels, ipc=10, preset="quick")
         loader = torch.utils.data.DataLoader(synthetic, batch_size=32, shuffle=True)
     """
     config = make_config(settings).resolved()
-    data = from_tensors(images, labels, class_names=class_names, modality=modality)
+    data = of_task(from_tensors(images, labels, class_names=class_names, modality=modality), config.task)
     with tempfile.TemporaryDirectory(prefix="fedistill-") as work:
         return distill_site(config, data, "site", Path(work), on_progress=on_progress)
 
@@ -73,14 +75,19 @@ def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] |
         )
     if images.ndim == 3:
         images = images[:, None]
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0 or images.shape[2] != images.shape[3]:
+    square = images.ndim in (4, 5) and images.shape[-1] == images.shape[-2]
+    if not square or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise FedistillError(
             "bad-images",
-            f"images has shape {tuple(images.shape)}: it must be (n, S, S) or (n, 1 or 3, S, S), square and n > 0.",
+            f"images has shape {tuple(images.shape)}: it must be (n, S, S), (n, 1 or 3, S, S) or (n, 1 or 3, D, S, S), "
+            "square and n > 0.",
         )
-    if labels.shape != (len(images),) or labels.is_floating_point():
+    several = labels.ndim == 2 and labels.shape[1] > 1
+    if len(labels) != len(images) or labels.is_floating_point() or (labels.ndim != 1 and not several):
         raise FedistillError(
-            "bad-labels", f"labels has shape {tuple(labels.shape)}: it must hold {len(images)} whole numbers."
+            "bad-labels",
+            f"labels has shape {tuple(labels.shape)}: it must hold {len(images)} whole numbers, or 0 or 1 for each of "
+            "several findings.",
         )
     if images.is_floating_point():
         if not torch.isfinite(images).all() or images.min() < 0 or images.max() > 1:
@@ -89,6 +96,28 @@ def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] |
     elif images.dtype != torch.uint8:
         raise FedistillError("bad-images", f"images is {images.dtype}: it must be uint8, or floating point in 0..1.")
     labels = labels.to(torch.int64)
+    train = Split(images.cpu(), labels.cpu(), torch.zeros(len(labels), dtype=torch.int64))
+    nothing = train.take(torch.empty(0, dtype=torch.int64))
+    names, kind = (_findings if several else _classes)(train, class_names)
+    return Dataset("tensors", known_modality(modality), names, ("site",), train, nothing, nothing, kind)
+
+
+def _findings(train: Split, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
+    """Names of the findings, and the kind of task."""
+    findings = train.labels.shape[1]
+    names = tuple(class_names) if class_names is not None else tuple(f"finding {c}" for c in range(findings))
+    if len(names) != findings or train.labels.min() < 0 or train.labels.max() > 1:
+        raise FedistillError(
+            "bad-labels", f"labels must hold 0 or 1 for each of {len(names)} findings, one column per finding."
+        )
+    if 0 in train.counts(findings):
+        raise FedistillError("absent-class", f"No image shows '{names[train.counts(findings).index(0)]}': take it out.")
+    return names, "multilabel"
+
+
+def _classes(train: Split, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], str]:
+    """Names of the classes, and the kind of task."""
+    labels = train.labels
     classes = len(class_names) if class_names is not None else int(labels.max()) + 1
     if labels.min() < 0 or labels.max() >= classes:
         raise FedistillError(
@@ -101,7 +130,4 @@ def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] |
         raise FedistillError(
             "absent-class", f"No image has label {int(counts.argmin())}: number the classes without gaps."
         )
-    names = tuple(class_names) if class_names is not None else tuple(f"class {c}" for c in range(classes))
-    train = Split(images.cpu(), labels.cpu(), torch.zeros(len(labels), dtype=torch.int64))
-    nothing = train.take(torch.empty(0, dtype=torch.int64))
-    return Dataset("tensors", known_modality(modality), names, ("site",), train, nothing, nothing)
+    return tuple(class_names) if class_names is not None else tuple(f"class {c}" for c in range(classes)), "multiclass"

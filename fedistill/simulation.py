@@ -82,7 +82,11 @@ def check(config: Config) -> str:
     check_settings(config, task_of(data))
     check_budget(config, data)
     parts = partition(data, config)
-    return combined(data.at(index, name).fingerprint for name, index in zip(parts.names, parts.index, strict=True))
+    sites = [parts.at(data, place) for place in range(len(parts))]
+    if data.kind == "multilabel":
+        for site in sites:
+            check_budget(config, site)
+    return combined(site.fingerprint for site in sites)
 
 
 def _finished(out: Path, config: Config, fingerprint: str) -> bool:

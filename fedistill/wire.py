@@ -1,9 +1,9 @@
 """A synthetic set as plain arrays and one JSON text: what travels between a site and the server, and lies on disk.
 
-    pixels  (m, C, H, W) uint8      x̂ = low + (high - low) q / 255, per image
+    pixels  (m, C, H, W) uint8      x̂ = low + (high - low) q / 255, per image; volumes (m, C, D, H, W)
     range   (m, 2)       float32    low and high of each image
     labels  (m,)         uint8      class index where every label is one-hot and K <= 256, else
-            (m, K)       float16    the distributions
+            (m, K)       float16    the distributions; for multilabel always this, a probability per finding
     site    (m,)         uint16     position in `sites`
 
 Each image keeps its extremes exactly (q = 0 and q = 255 are attained), so a decoded set encodes to the same numbers
@@ -23,9 +23,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedistill.errors import FedistillError
+from fedistill.models.loss import KINDS
 from fedistill.synthetic.set import SyntheticSet
 
-FORMAT = "fedistill-set/1"
+FORMAT = "fedistill-set/2"
 MAX_IMAGES = 1_000_000
 MAX_VALUES = 2**28  # decoded pixels of one set: 1 GiB of float32
 MAX_TEXT = 2**22
@@ -40,6 +41,7 @@ _META: dict[str, type | tuple[type, ...]] = {
     "mean": (int, float),
     "std": (int, float),
     "modality": str,
+    "kind": str,
     "step_size": list,
     "manifest": dict,
 }
@@ -56,14 +58,14 @@ def encode(synthetic: SyntheticSet) -> tuple[Arrays, str]:
         _refuse("it has no images, or values that are not finite")
     low, high = _extremes(images)
     span = np.where(high > low, high.astype(np.float64) - low, 1.0)
-    shape = (-1, 1, 1, 1)
+    shape = (-1, *[1] * (images.ndim - 1))
     scaled = (images - low.astype(np.float64).reshape(shape)) / span.reshape(shape)
     pixels = np.rint(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
     pixels[high <= low] = 0  # what is left of a flat image is rounding
     arrays: Arrays = {
         "pixels": pixels,
         "range": np.stack([low, high], 1),
-        "labels": _encode_labels(labels),
+        "labels": _encode_labels(labels, synthetic.kind),
         "site": synthetic.site.cpu().numpy().astype(np.uint16),
     }
     meta = {
@@ -73,6 +75,7 @@ def encode(synthetic: SyntheticSet) -> tuple[Arrays, str]:
         "mean": float(synthetic.mean),
         "std": float(synthetic.std),
         "modality": synthetic.modality,
+        "kind": synthetic.kind,
         "step_size": [float(s) for s in synthetic.step_size],
         "manifest": synthetic.manifest,
     }
@@ -87,11 +90,12 @@ def decode(
     text: str,
     *,
     max_images: int = MAX_IMAGES,
-    geometry: tuple[int, int, int] | None = None,
+    geometry: tuple[int, ...] | None = None,
 ) -> SyntheticSet:
     """The set that `encode` packed; everything is checked before memory is taken for it.
 
-    geometry: (channels, height, width) that the images must have; None: any of at most `MAX_VALUES` values in all.
+    geometry: (channels, height, width), or (channels, depth, height, width), that the images must have; None: any of at
+        most `MAX_VALUES` values in all.
     Raises `FedistillError` ("bad-set") on input that `encode` cannot have written.
     """
     meta = _meta(text)
@@ -99,7 +103,7 @@ def decode(
     if set(arrays) != {"pixels", "range", "labels", "site"}:
         _refuse("its arrays are not pixels, range, labels and site")
     pixels, span, labels, site = (np.asarray(arrays[k]) for k in ("pixels", "range", "labels", "site"))
-    m = len(pixels) if pixels.ndim == 4 else 0
+    m = len(pixels) if pixels.ndim in (4, 5) else 0
     if pixels.dtype != np.uint8 or not 0 < m <= max_images or 0 in pixels.shape or pixels.size > MAX_VALUES:
         _refuse(f"its pixels are not 1 to {max_images} images of 8 bits")
     if geometry is not None and pixels.shape[1:] != tuple(geometry):
@@ -110,7 +114,7 @@ def decode(
         _refuse("an image's lowest value is above its highest")
     if site.dtype != np.uint16 or site.shape != (m,) or int(site.max()) >= sites:
         _refuse("an image belongs to a site that is not listed")
-    decoded = _decode_labels(labels, m, classes)
+    decoded = _decode_labels(labels, m, classes, meta["kind"])
     step_size = tuple(float(s) for s in meta["step_size"])
     return SyntheticSet(
         images=torch.from_numpy(_decode_pixels(pixels, span)),
@@ -123,6 +127,7 @@ def decode(
         modality=meta["modality"],
         step_size=step_size,
         manifest=meta["manifest"],
+        kind=meta["kind"],
     )
 
 
@@ -139,8 +144,9 @@ def size(arrays: Mapping[str, NDArray[Any]], text: str) -> int:
 
 def _extremes(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Lowest and highest value of each image, without signed zeros; equal where the image is flat but for rounding."""
-    low = images.min(axis=(1, 2, 3)) + np.float32(0)
-    high = images.max(axis=(1, 2, 3)) + np.float32(0)
+    axes = tuple(range(1, images.ndim))
+    low = images.min(axis=axes) + np.float32(0)
+    high = images.max(axis=axes) + np.float32(0)
     magnitude = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
     flat = high.astype(np.float64) - low <= np.maximum(FLAT * magnitude, np.finfo(np.float32).tiny)
     return low, np.where(flat, low, high)
@@ -156,23 +162,27 @@ def _decode_pixels(pixels: NDArray[np.uint8], span: NDArray[np.float32]) -> NDAr
     return images
 
 
-def _encode_labels(labels: NDArray[np.float32]) -> NDArray[Any]:
+def _encode_labels(labels: NDArray[np.float32], kind: str) -> NDArray[Any]:
     half = labels.astype(np.float16) + np.float16(0)
+    if kind == "multilabel":
+        return half
     one_hot = (half.max(1) == 1) & (np.count_nonzero(half, axis=1) == 1)
     if labels.shape[1] <= 256 and one_hot.all():
         return half.argmax(1).astype(np.uint8)
     return half
 
 
-def _decode_labels(labels: NDArray[Any], m: int, classes: int) -> NDArray[np.float32]:
-    if labels.dtype == np.uint8 and labels.shape == (m,) and int(labels.max()) < classes:
+def _decode_labels(labels: NDArray[Any], m: int, classes: int, kind: str) -> NDArray[np.float32]:
+    if kind != "multilabel" and labels.dtype == np.uint8 and labels.shape == (m,) and int(labels.max()) < classes:
         hard = np.zeros((m, classes), np.float32)
         hard[np.arange(m), labels] = 1
         return hard
     if labels.dtype != np.float16 or labels.shape != (m, classes):
         _refuse("its labels are neither class indices nor one distribution per image")
     soft = labels.astype(np.float32) + np.float32(0)
-    if not np.isfinite(soft).all() or (soft < 0).any() or (np.abs(soft.sum(1) - 1) > 0.01).any():
+    if not np.isfinite(soft).all() or (soft < 0).any() or (soft > 1).any():
+        _refuse("a label has a probability that is not between 0 and 1")
+    if kind != "multilabel" and (np.abs(soft.sum(1) - 1) > 0.01).any():
         _refuse("a label is not a distribution over the classes")
     return soft
 
@@ -190,6 +200,8 @@ def _meta(text: str) -> dict[str, Any]:
         _refuse(f"its format is not {FORMAT}: the site and the server must run the same version of fedistill")
     if set(meta) != set(_META) or not all(isinstance(meta[k], kind) for k, kind in _META.items()):
         _refuse("its description lacks a field, or has one of another type")
+    if meta["kind"] not in KINDS:
+        _refuse(f"its kind of task is none of {', '.join(KINDS)}")
     for name in ("sites", "class_names"):
         if not meta[name] or not all(isinstance(x, str) for x in meta[name]) or len(set(meta[name])) < len(meta[name]):
             _refuse(f"its {name.replace('_', ' ')} are not different words")

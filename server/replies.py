@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from flwr.app import RecordDict
 
 from fedistill.errors import FedistillError
+from fedistill.models.loss import KINDS
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import decode, size
 
@@ -29,7 +30,7 @@ def read_reply(content: RecordDict) -> Any:
         _nonsense("has no readable answer")
 
 
-def read_set(content: RecordDict, *, max_images: int, geometry: tuple[int, int, int]) -> tuple[SyntheticSet, int]:
+def read_set(content: RecordDict, *, max_images: int, geometry: tuple[int, ...]) -> tuple[SyntheticSet, int]:
     """The set in a reply and the bytes that it took. Raises `FedistillError` on anything that is not a set."""
     try:
         record, text = content.array_records["set"], str(content.config_records["text"]["set"])
@@ -64,15 +65,12 @@ def read_progress(value: Any) -> dict[str, Any]:
     }
 
 
-def read_confusions(value: Any, models: set[str], classes: int) -> dict[str, list[list[int]]]:
-    """Counts (rows: truth) of each model. Raises `FedistillError`."""
+def read_confusions(value: Any, models: set[str], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Counts of each model, nested lists of `shape`. Raises `FedistillError`."""
     if not isinstance(value, dict) or set(value) != models:
         _nonsense("has not the models that were sent")
-    for table in value.values():
-        rows = table if isinstance(table, list) and len(table) == classes else [None]
-        for row in rows:
-            if not isinstance(row, list) or len(row) != classes or not all(_is_count(c) for c in row):
-                _nonsense("holds no table of counts")
+    if not all(_is_table(table, shape) for table in value.values()):
+        _nonsense("holds no table of counts")
     return value
 
 
@@ -85,12 +83,24 @@ def read_description(value: Any) -> dict[str, Any]:
         _nonsense("has no class names")
     if not isinstance(counts, list) or len(counts) != len(names) or not all(_is_count(c) for c in counts):
         _nonsense("has not one count per class")
-    if not isinstance(geometry, list) or len(geometry) != 3 or not all(_is_count(g) for g in geometry):
+    if not isinstance(geometry, list) or len(geometry) not in (3, 4) or not all(_is_count(g) for g in geometry):
         _nonsense("has no geometry")
+    train, kind = value.get("train"), value.get("kind")
+    if kind not in KINDS or not _is_count(train):
+        _nonsense("has no kind of task or no number of images")
+    if train < max(counts) or (kind != "multilabel" and train != sum(counts)):
+        _nonsense("has counts that do not fit the number of its images")
     words = {k: value.get(k) for k in ("site", "modality", "fingerprint")}
     if not all(isinstance(w, str) and 0 < len(w) <= LONGEST for w in words.values()):
         _nonsense("has no name, no modality or no fingerprint")
-    return {**words, "class_names": names, "counts": counts, "geometry": geometry}
+    return {**words, "kind": kind, "class_names": names, "train": train, "counts": counts, "geometry": geometry}
+
+
+def _is_table(value: Any, shape: tuple[int, ...]) -> bool:
+    """Whether `value` is nested lists of counts."""
+    if not shape:
+        return _is_count(value)
+    return isinstance(value, list) and len(value) == shape[0] and all(_is_table(part, shape[1:]) for part in value)
 
 
 def _is_count(value: Any) -> bool:

@@ -20,11 +20,11 @@ from fedistill.config import Config
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures, candidates, global_models
-from fedistill.evaluation.metrics import from_confusion
+from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json
-from fedistill.synthetic.check import check_set
+from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
@@ -132,13 +132,13 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
             )
     for about in said.values():
         run.record(about["site"], **about)
-        run.note(about["site"], "describe", "done", message=f"{sum(about['counts'])} training images")
+        run.note(about["site"], "describe", "done", message=f"{about['train']} training images")
     return names, needed
 
 
 def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
     """The task that all sites share. Raises `FedistillError` naming a site that differs, or a class that nobody has."""
-    for what in ("class_names", "geometry", "modality"):
+    for what in ("class_names", "kind", "geometry", "modality"):
         common = Counter(str(about[what]) for about in sites.values()).most_common(1)[0][0]
         for name, about in sites.items():
             if str(about[what]) != common:
@@ -151,8 +151,8 @@ def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
     absent = [name for name, total in zip(about["class_names"], totals, strict=True) if total == 0]
     if absent:
         raise FedistillError("absent-class", f"No site has a training image of class {', '.join(absent)}.")
-    channels, height, width = about["geometry"]
-    return Task((channels, height, width), tuple(about["class_names"]), known_modality(about["modality"]))
+    modality = known_modality(about["modality"])
+    return Task(tuple(about["geometry"]), tuple(about["class_names"]), modality, about["kind"])
 
 
 def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int) -> SyntheticSet:
@@ -199,8 +199,10 @@ def _distil(
         run.curve(site, now["curve"])
         if not ready:
             return first[node]
-        made, sent = read_set(content, max_images=run.config.ipc * task.classes, geometry=task.geometry)
-        check_set(made, site=site, task=task, ipc=run.config.ipc, counts=counts[site])
+        ipc, policy = run.config.ipc, run.config.budget
+        most = most_images(task, ipc=ipc, counts=counts[site], policy=policy)
+        made, sent = read_set(content, max_images=most, geometry=task.geometry)
+        check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy)
         save_set(made, run.set_folder(round, site))
         finished[site] = made
         figures = {k: now[k] for k in ("seconds", "iterations", "skipped", "notes")}
@@ -217,7 +219,7 @@ def _distil(
 
 
 def evaluate_at_sites(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Any]:
-    """Site -> counts (rows: truth) of each global model on its test images; sites that do not answer are left out."""
+    """Site -> counts (`evaluation.metrics`) of each global model on its test images; sites that do not answer are left out."""
     if run.config.server_data == "same":
         models = global_models(run.config, merged, Path(run.config.work) / "evaluation")
     else:
@@ -229,28 +231,29 @@ def elect(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) 
     """The global models of a server without data: candidates of every learning rate, of which the sites' validation
     counts elect one per architecture."""
     models = candidates(run.config, task, merged)
-    totals = {name: torch.zeros((task.classes, task.classes), dtype=torch.int64) for name in models}
+    shape = counts_shape(task.classes, task.kind)
+    totals = {name: torch.zeros(shape, dtype=torch.int64) for name in models}
     for tables in _counts(run, nodes, task, models, "val").values():
         for name, table in tables.items():
             totals[name] += torch.tensor(table)
-    merit = {name: from_confusion(total)["balanced_accuracy"] or 0.0 for name, total in totals.items()}
+    worth = {name: merit(from_counts(total, task.kind), task.kind) for name, total in totals.items()}
     elected = {}
     for model in architectures(run.config):
         names = [name for name in models if name.startswith(f"{model}@")]
         if not names:
             raise FedistillError("diverged", f"Every {model} diverged on the merged set: see its contact sheet.")
-        elected[model] = models[max(names, key=lambda name: merit[name])]
+        elected[model] = models[max(names, key=lambda name: worth[name])]
     return elected
 
 
 def _counts(
     run: Run, nodes: Mapping[int, str], task: Task, models: Mapping[str, Tensor], split: str
-) -> dict[str, dict[str, list[list[int]]]]:
-    """Site -> model -> counts (rows: truth) on one split of the site's images."""
-    results: dict[str, dict[str, list[list[int]]]] = {}
+) -> dict[str, dict[str, Any]]:
+    """Site -> model -> counts (`evaluation.metrics`) on one split of the site's images."""
+    results: dict[str, dict[str, Any]] = {}
 
     def receive(node: int, content: RecordDict) -> None:
-        results[nodes[node]] = read_confusions(read_reply(content), set(models), task.classes)
+        results[nodes[node]] = read_confusions(read_reply(content), set(models), counts_shape(task.classes, task.kind))
 
     arrays = {name: theta.detach().cpu().numpy() for name, theta in models.items()}
     content = with_arrays(job(run.config, split=split), "models", arrays)

@@ -142,8 +142,8 @@ def _models(config: Config, data: Dataset, material: Material) -> Record:
 
 
 def _scores(result: Result) -> Record:
-    """Means over networks."""
-    test = {name: mean_std([s[name] for s in result.scores])["mean"] for name in NAMES}
+    """Means over networks of the figures that every kind of task has."""
+    test = {name: mean_std([s[name] for s in result.scores])["mean"] for name in NAMES["multiclass"]}
     val = {f"val_{name}": mean_std([s[name] for s in result.val_scores])["mean"] for name in VALIDATED}
     return test | val | {"learning_rate": result.learning_rate, "seconds": result.seconds}
 

@@ -19,13 +19,25 @@ _SPLIT_SEED = 70_10_20
 
 @dataclass(frozen=True)
 class Part:
-    """One split as arrays: images `(n, H, W, C)` uint8, labels `(n,)`, sites `(n,)` and, if known, the patient of each
-    image as an integer `(n,)`; images that share it are never put in different splits."""
+    """One split as arrays: images `(n, H, W, C)` or `(n, D, H, W, C)` uint8, labels `(n,)` or 0 and 1 `(n, K)`, sites
+    `(n,)` and, if known, the patient of each image as an integer `(n,)`; images that share it are never put in different
+    splits."""
 
     images: np.ndarray
     labels: np.ndarray
     site: np.ndarray
     patient: np.ndarray | None = None
+
+    @property
+    def groups(self) -> np.ndarray:
+        """`(n,)`: the class, or the first finding, K where there is none."""
+        if self.labels.ndim == 1:
+            return self.labels
+        return np.where(self.labels.any(1), self.labels.argmax(1), self.labels.shape[1])
+
+    def counts(self, classes: int) -> np.ndarray:
+        """Images of each class, or with each finding, `(K,)`."""
+        return np.bincount(self.labels, minlength=classes) if self.labels.ndim == 1 else self.labels.sum(0)
 
     def take(self, index: np.ndarray) -> Part:
         """The images at `index`, in that order."""
@@ -39,6 +51,7 @@ def assemble(
     class_names: Sequence[str],
     site_names: Sequence[str],
     parts: Mapping[str, Part],
+    kind: str = "multiclass",
 ) -> Dataset:
     """A checked data set. Splits that are missing are cut out of train, stratified by class.
 
@@ -52,14 +65,14 @@ def assemble(
         if len(part.labels) == 0:
             what = f"The {key} split of {name} is empty: add images, or leave it out to have it cut from train."
             raise FedistillError("too-few-images", what)
-    present = {int(k) for part in parts.values() for k in np.unique(part.labels)}
-    if len(present) < 2:
-        only = class_names[present.pop()]
+    held = np.array([part.counts(len(class_names)) for part in parts.values()]).sum(0)
+    if kind != "multilabel" and np.count_nonzero(held) < 2:
+        only = class_names[int(held.argmax())]
         raise FedistillError(
             "one-class", f"All images of {name} have the class '{only}': at least two classes are needed."
         )
     full = fill_splits(name, parts)
-    counts = np.bincount(full["train"].labels, minlength=len(class_names))
+    counts = full["train"].counts(len(class_names))
     absent = [text for text, count in zip(class_names, counts, strict=True) if count == 0]
     if absent:
         raise FedistillError(
@@ -67,7 +80,7 @@ def assemble(
             f"{name} has no training image of the class '{absent[0]}': add some, or take the class out.",
         )
     train, val, test = (_tensors(full[key]) for key in SPLITS)
-    return Dataset(name, modality, tuple(map(str, class_names)), tuple(map(str, site_names)), train, val, test)
+    return Dataset(name, modality, tuple(map(str, class_names)), tuple(map(str, site_names)), train, val, test, kind)
 
 
 def fill_splits(name: str, parts: Mapping[str, Part]) -> dict[str, Part]:
@@ -95,10 +108,10 @@ def _cut(part: Part, shares: Mapping[str, int]) -> dict[str, np.ndarray]:
     groups: dict[int, list[int]] = {}
     for i in order.tolist():
         groups.setdefault(int(patient[i]), []).append(i)
-    classes = int(part.labels.max()) + 1
-    by_class: list[list[list[int]]] = [[] for _ in range(classes)]
+    label = part.groups
+    by_class: list[list[list[int]]] = [[] for _ in range(int(label.max()) + 1)]
     for members in groups.values():
-        by_class[int(np.bincount(part.labels[members]).argmax())].append(members)
+        by_class[int(np.bincount(label[members]).argmax())].append(members)
 
     whole = sum(shares.values())
     ties = [key for key in ("test", "val", "train") if key in shares]  # the larger lack wins, then this order
@@ -116,6 +129,6 @@ def _cut(part: Part, shares: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 
 def _tensors(part: Part) -> Split:
-    images = torch.from_numpy(np.ascontiguousarray(part.images)).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(np.ascontiguousarray(part.images)).movedim(-1, 1).contiguous()
     labels = torch.from_numpy(part.labels.astype(np.int64))
     return Split(images, labels, torch.from_numpy(part.site.astype(np.int64)))

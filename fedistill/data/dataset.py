@@ -10,10 +10,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedistill.errors import FedistillError
+from fedistill.models.loss import groups_of
+
 
 @dataclass(frozen=True)
 class Split:
-    """Images `(n, C, H, W)` uint8, labels `(n,)` int64, and the site of each image `(n,)` int64."""
+    """Images `(n, C, H, W)` or volumes `(n, C, D, H, W)` uint8, labels int64, and the site of each image `(n,)` int64.
+
+    labels: a class or grade `(n,)`, or 0 and 1 per finding `(n, K)` where an image may have several.
+    """
 
     images: Tensor
     labels: Tensor
@@ -27,8 +33,15 @@ class Split:
         return Split(self.images[index], self.labels[index], self.site[index])
 
     def counts(self, classes: int) -> list[int]:
-        """Images of each class."""
+        """Images of each class, or with each finding."""
+        if self.labels.dim() == 2:
+            return self.labels.sum(0).tolist()
         return torch.bincount(self.labels, minlength=classes).tolist()
+
+    @property
+    def groups(self) -> Tensor:
+        """One class per image `(n,)`, where only one can be used: of several findings the first, K where there is none."""
+        return groups_of(self.labels, "multilabel") if self.labels.dim() == 2 else self.labels
 
 
 def combined(fingerprints: Iterable[str]) -> str:
@@ -38,7 +51,10 @@ def combined(fingerprints: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Three splits of one task. `modality` selects the public normalisation and the augmentations that are safe."""
+    """Three splits of one task. `modality` selects the public normalisation and the augmentations that are safe.
+
+    kind: what is asked of an image, one of `models.loss.KINDS`.
+    """
 
     name: str
     modality: str
@@ -54,10 +70,9 @@ class Dataset:
         return len(self.class_names)
 
     @property
-    def geometry(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        c, h, w = self.train.images.shape[1:]
-        return int(c), int(h), int(w)
+    def geometry(self) -> tuple[int, ...]:
+        """(channels, height, width), or (channels, depth, height, width) of volumes."""
+        return tuple(self.train.images.shape[1:])
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -65,8 +80,9 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over every pixel and label: the same images in the same order, of the same modality, give the same word."""
-        digest = hashlib.sha256(repr((self.class_names, self.geometry, self.modality)).encode())
+        """A hash over every pixel and label: the same images in the same order, of one modality and task, give the same word."""
+        about = (self.class_names, self.geometry, self.modality, self.kind)
+        digest = hashlib.sha256(repr(about).encode())
         for split in self.splits.values():
             for tensor in (split.images, split.labels):
                 digest.update(tensor.contiguous().numpy().tobytes())
@@ -76,3 +92,20 @@ class Dataset:
         """What one site holds: `index` maps train, val and test to positions in this data set."""
         train, val, test = (split.take(index[key]) for key, split in self.splits.items())
         return replace(self, name=name, train=train, val=val, test=test)
+
+
+def of_task(data: Dataset, task: str) -> Dataset:
+    """`data` as the kind of task that the setting `task` names. Raises `FedistillError` where its labels do not fit."""
+    if task in ("auto", data.kind):
+        return data
+    if data.kind == "multilabel":
+        raise FedistillError(
+            "task-unfit",
+            f"task={task} needs one label per image, but {data.name} has several findings: use multilabel.",
+        )
+    if task == "multilabel":
+        raise FedistillError(
+            "task-unfit",
+            f"task=multilabel needs 0 or 1 for every finding of an image, but {data.name} has one label per image.",
+        )
+    return replace(data, kind=task)

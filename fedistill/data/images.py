@@ -30,10 +30,13 @@ _SPLIT_WORDS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One image file with what is known of it; `split`, `site` and `patient` are empty when not given."""
+    """One image file with what is known of it; `split`, `site` and `patient` are empty when not given.
+
+    label: the class, or the findings (none, one or several) of a data set where an image may have several.
+    """
 
     path: Path
-    label: str
+    label: str | tuple[str, ...]
     split: str = ""
     site: str = ""
     patient: str = ""
@@ -65,7 +68,13 @@ def from_entries(name: str, entries: Sequence[Entry], classes: set[str], image_s
     pixels = read_images([entry.path for entry in entries], image_size)
     class_of = {text: k for k, text in enumerate(class_names)}
     site_of = {text: k for k, text in enumerate(site_names)}
-    labels = np.array([class_of[entry.label] for entry in entries], dtype=np.int64)
+    several = any(isinstance(entry.label, tuple) for entry in entries)
+    labels = np.zeros((len(entries), len(classes)) if several else len(entries), dtype=np.int64)
+    for i, entry in enumerate(entries):
+        if isinstance(entry.label, tuple):
+            labels[i, [class_of[text] for text in entry.label]] = 1
+        else:
+            labels[i] = class_of[entry.label]
     site = np.array([site_of[entry.site] for entry in entries], dtype=np.int64)
     # An image without a patient is its own group.
     who = [entry.patient or f"\0{i}" for i, entry in enumerate(entries)]
@@ -78,7 +87,8 @@ def from_entries(name: str, entries: Sequence[Entry], classes: set[str], image_s
         parts = {key: whole.take(index) for key, index in chosen.items() if len(index)}
         if "train" not in parts:
             raise FedistillError("too-few-images", f"{name} has no training images: one split must be called train.")
-    return assemble(name, "generic", class_names, [text or "all" for text in site_names], parts)
+    kind = "multilabel" if several else "multiclass"
+    return assemble(name, "generic", class_names, [text or "all" for text in site_names], parts, kind)
 
 
 def read_images(paths: Sequence[Path], image_size: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """CSV manifests: a header, then one line per image.
 
 path      relative to the manifest
-label     name of the class
+label     name of the class; with task=multilabel the findings, separated by semicolons, or nothing
 split     optional: train, val or test
 site      optional: name of the hospital or device
 patient   optional: images of one patient stay in one split
@@ -20,20 +20,24 @@ from fedistill.errors import FedistillError
 
 _REQUIRED = ("path", "label")
 _OPTIONAL = ("split", "site", "patient")
+_BETWEEN = ";"  # findings
 
 
-def load_manifest(path: Path, image_size: int) -> Dataset:
-    """The data set that the manifest at `path` describes.
+def load_manifest(path: Path, image_size: int, task: str = "auto") -> Dataset:
+    """The data set that the manifest at `path` describes; `task` is the setting of that name.
 
     Raises `FedistillError` on a missing column, an empty cell, an image that is listed twice or does not exist, and a
     patient in two splits, with the line. Patients are never quoted: the sentence may be read at another site.
     """
-    entries, lines = _entries(path)
+    entries, lines = _entries(path, task)
     _check_repeats(path, entries, lines)
-    return from_entries(path.stem, entries, {entry.label for entry in entries}, image_size)
+    classes = {name for entry in entries for name in ([entry.label] if isinstance(entry.label, str) else entry.label)}
+    if task == "multilabel" and len(classes) < 2:
+        raise FedistillError("bad-csv", f"{path} names {len(classes)} findings: task=multilabel needs at least two.")
+    return from_entries(path.stem, entries, classes, image_size)
 
 
-def _entries(path: Path) -> tuple[list[Entry], list[int]]:
+def _entries(path: Path, task: str) -> tuple[list[Entry], list[int]]:
     """The entries and the line in the file where each stands."""
     entries, lines = [], []
     try:
@@ -45,6 +49,7 @@ def _entries(path: Path) -> tuple[list[Entry], list[int]]:
                 if None in row or None in row.values():
                     raise FedistillError("bad-csv", f"{where} has not as many cells as the header: quote commas.")
                 cells = {key: row[name].strip() for key, name in columns.items()}
+                label = _label(cells.pop("label"), task, where)
                 empty = [key for key, cell in cells.items() if not cell and key != "patient"]
                 if empty:
                     raise FedistillError("bad-csv", f"{where} has an empty {empty[0]}: fill it in.")
@@ -53,13 +58,26 @@ def _entries(path: Path) -> tuple[list[Entry], list[int]]:
                 image = path.parent / cells.pop("path")
                 if not image.is_file():
                     raise FedistillError("missing-file", f"{where}: the image {image} does not exist.")
-                entries.append(Entry(image, **cells))
+                entries.append(Entry(image, label, **cells))
                 lines.append(rows.line_num)
     except (OSError, UnicodeDecodeError):
         raise FedistillError("bad-csv", f"Cannot read {path} as a UTF-8 text file.") from None
     except csv.Error as error:
         raise FedistillError("bad-csv", f"{path} is not a correct CSV file: {error}.") from None
     return entries, lines
+
+
+def _label(cell: str, task: str, where: str) -> str | tuple[str, ...]:
+    """The class, or with task=multilabel the findings, of one cell."""
+    if task == "multilabel":
+        return tuple(name.strip() for name in cell.split(_BETWEEN) if name.strip())
+    if not cell:
+        raise FedistillError("bad-csv", f"{where} has an empty label: fill it in.")
+    if _BETWEEN in cell and task == "auto":
+        raise FedistillError(
+            "bad-csv", f"{where} has '{_BETWEEN}' in its label: set task=multilabel, or multiclass if it is one name."
+        )
+    return cell
 
 
 def _columns(path: Path, header: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The single-label 2D sets of MedMNIST (Yang et al. 2023, Scientific Data 10:41), by their flag."""
+"""The sets of MedMNIST (Yang et al. 2023, Scientific Data 10:41), by their flag."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedistill.errors import FedistillError
 class _Flag:
     modality: str
     class_names: tuple[str, ...]
+    kind: str = "multiclass"
 
 
 _ORGANS: tuple[str, ...] = (
@@ -61,7 +62,7 @@ MEDMNIST: dict[str, _Flag] = {
     ),
     "octmnist": _Flag("oct", ("choroidal neovascularization", "diabetic macular edema", "drusen", "normal")),
     "pneumoniamnist": _Flag("xray", ("normal", "pneumonia")),
-    "retinamnist": _Flag("fundus", ("0", "1", "2", "3", "4")),
+    "retinamnist": _Flag("fundus", ("0", "1", "2", "3", "4"), "ordinal"),
     "breastmnist": _Flag("ultrasound", ("malignant", "normal, benign")),
     "bloodmnist": _Flag(
         "microscopy",
@@ -92,33 +93,72 @@ MEDMNIST: dict[str, _Flag] = {
     "organamnist": _Flag("ct", _ORGANS),
     "organcmnist": _Flag("ct", _ORGANS),
     "organsmnist": _Flag("ct", _ORGANS),
-}
-UNSUPPORTED = {
-    "chestmnist": "it has several labels per image",
-    **dict.fromkeys(
-        ("organmnist3d", "nodulemnist3d", "adrenalmnist3d", "fracturemnist3d", "vesselmnist3d", "synapsemnist3d"),
-        "its images are volumes",
+    "chestmnist": _Flag(
+        "xray",
+        (
+            "atelectasis",
+            "cardiomegaly",
+            "effusion",
+            "infiltration",
+            "mass",
+            "nodule",
+            "pneumonia",
+            "pneumothorax",
+            "consolidation",
+            "edema",
+            "emphysema",
+            "fibrosis",
+            "pleural",
+            "hernia",
+        ),
+        "multilabel",
     ),
+    "organmnist3d": _Flag(
+        "ct",
+        (
+            "liver",
+            "kidney-right",
+            "kidney-left",
+            "femur-right",
+            "femur-left",
+            "bladder",
+            "heart",
+            "lung-right",
+            "lung-left",
+            "spleen",
+            "pancreas",
+        ),
+    ),
+    "nodulemnist3d": _Flag("ct", ("benign", "malignant")),
+    "adrenalmnist3d": _Flag("mask", ("normal", "hyperplasia")),
+    "fracturemnist3d": _Flag("ct", ("buckle rib fracture", "nondisplaced rib fracture", "displaced rib fracture")),
+    "vesselmnist3d": _Flag("mask", ("vessel", "aneurysm")),
+    "synapsemnist3d": _Flag("microscopy", ("inhibitory synapse", "excitatory synapse")),
 }
 _LARGER = (64, 128, 224)  # pixels per side of the larger editions; the plain file has 28
+_LARGER_VOLUMES = (64,)
 _NETWORK_SECONDS = 20.0
 
 
 def load_medmnist(flag: str, image_size: int) -> Dataset:
     """The set called `flag`, from `$MEDMNIST_ROOT` or `~/.medmnist`, downloaded when the file is not there.
 
-    `image_size` 64, 128 or 224 selects the edition of that size; any other size uses the 28-pixel edition. Raises
-    `FedistillError` on a flag that is not supported, and when the file is absent and cannot be downloaded.
+    `image_size` 64, 128 or 224 (of volumes 64) selects the edition of that size; any other size uses the 28-pixel edition.
+    Raises `FedistillError` when the file is absent and cannot be downloaded.
     """
-    if flag in UNSUPPORTED:
-        raise FedistillError("unsupported-data", f"The data set '{flag}' is not supported yet: {UNSUPPORTED[flag]}.")
-    about = MEDMNIST[flag]
-    edition = f"_{image_size}" if image_size in _LARGER else ""
+    larger = _LARGER_VOLUMES if flag.endswith("3d") else _LARGER
+    edition = f"_{image_size}" if image_size in larger else ""
     root = Path(os.environ.get("MEDMNIST_ROOT") or Path.home() / ".medmnist").expanduser()
     path = root / f"{flag}{edition}.npz"
     if not path.is_file():
         _download(flag, image_size if edition else 28, path)
-    return load_npz(path, name=flag, modality=about.modality, class_names=about.class_names)
+    return load_flag(path, flag, name=flag)
+
+
+def load_flag(path: Path, flag: str, *, name: str = "") -> Dataset:
+    """The file at `path`, which holds the set called `flag`."""
+    about = MEDMNIST[flag]
+    return load_npz(path, name=name, modality=about.modality, class_names=about.class_names, kind=about.kind)
 
 
 def flag_of(stem: str) -> str:

@@ -1,10 +1,10 @@
 """Data sets in one `.npz` file, in the layout of MedMNIST.
 
-    {train,val,test}_images   (n, H, W) or (n, H, W, 3); uint8, or floats in 0..1
-    {train,val,test}_labels   (n, 1) or (n,) integers from 0
+    {train,val,test}_images   (n, H, W) or (n, H, W, 3), volumes (n, D, H, W) or (n, D, H, W, 3); uint8, or floats in 0..1
+    {train,val,test}_labels   (n, 1) or (n,) integers from 0; (n, K) of 0 and 1 where an image may have several findings
     {train,val,test}_site     optional, (n, 1) or (n,) integers from 0
     {train,val,test}_group    optional, one patient (or other group) per image, kept together when splits are cut
-    class_names, site_names   optional, one text per class or site
+    class_names, site_names   optional, one text per class (or finding) or site
     modality                  optional, one text
 
 Only train is required. Nothing is unpickled.
@@ -24,10 +24,18 @@ from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
 
 
-def load_npz(path: Path, *, name: str = "", modality: str = "generic", class_names: tuple[str, ...] = ()) -> Dataset:
+def load_npz(
+    path: Path,
+    *,
+    name: str = "",
+    modality: str = "generic",
+    class_names: tuple[str, ...] = (),
+    kind: str = "multiclass",
+) -> Dataset:
     """The data set in the file at `path`.
 
-    `name`, `modality` and `class_names` stand in for what the file does not say itself. Raises `FedistillError` when
+    `name`, `modality`, `class_names` and `kind` stand in for what the file does not say itself: labels of several columns
+    are always "multilabel". Raises `FedistillError` when
     the file cannot be read or departs from the layout, with the array that is wrong.
     """
     file = _Archive(path)
@@ -36,14 +44,20 @@ def load_npz(path: Path, *, name: str = "", modality: str = "generic", class_nam
     if len(shapes) > 1:
         raise file.error(f"the splits hold images of different shapes ({', '.join(map(str, sorted(shapes)))})")
     names = file.texts("class_names") or class_names
+    widths = {part.labels.shape[1:] for part in parts.values()}
+    if len(widths) > 1:
+        raise file.error("the labels of some splits have several columns and those of others not, or fewer")
     sites = file.texts("site_names")
-    names = _check_range(file, parts, "labels", names, "class_names", "class ")
+    if widths != {()}:
+        kind, names = "multilabel", _finding_names(file, parts["train"].labels.shape[1], names)
+    else:
+        names = _check_range(file, parts, "labels", names, "class_names", "class ")
     if any(f"{key}_site" in file.names for key in parts):
         sites = _check_range(file, parts, "site", sites, "site_names", "site-")
     else:
         sites = ("all",)
     said = file.texts("modality")
-    return assemble(name or path.stem, known_modality(said[0]) if said else modality, names, sites, parts)
+    return assemble(name or path.stem, known_modality(said[0]) if said else modality, names, sites, parts, kind)
 
 
 class _Archive:
@@ -89,7 +103,7 @@ class _Archive:
         """One value per image; `(n, 1)` becomes `(n,)`."""
         array = self.array(key)
         if array.ndim == 2 and array.shape[1] > 1:
-            raise self.error(f"'{key}' has {array.shape[1]} columns: multi-label data are not supported yet")
+            raise self.error(f"'{key}' has {array.shape[1]} columns: it must have one value per image")
         if array.ndim not in (1, 2):
             raise self.error(f"'{key}' must have the shape (n, 1) or (n,), not {array.shape}")
         if len(array) != length:
@@ -100,7 +114,7 @@ class _Archive:
 def _part(file: _Archive, split: str) -> Part:
     images = _images(file, f"{split}_images")
     n = len(images)
-    labels = _integers(file, f"{split}_labels", n)
+    labels = _labels(file, f"{split}_labels", n)
     site = _integers(file, f"{split}_site", n) if f"{split}_site" in file.names else np.zeros(n, dtype=np.int64)
     patient = None
     if f"{split}_group" in file.names:
@@ -109,15 +123,16 @@ def _part(file: _Archive, split: str) -> Part:
 
 
 def _images(file: _Archive, key: str) -> np.ndarray:
-    """`(n, H, W, C)` uint8."""
+    """`(n, H, W, C)` or, of volumes, `(n, D, H, W, C)` uint8."""
     array = file.array(key)
-    if array.ndim == 3:
+    shape = f"'{key}' must have the shape (n, H, W) or (n, H, W, 3), volumes one axis more, not {array.shape}"
+    if array.ndim not in (3, 4, 5):
+        raise file.error(shape)
+    # Four axes are a volume, unless one of them can only be channels: no slice is 4 pixels wide.
+    if array.ndim == 3 or (array.ndim == 4 and array.shape[3] > 4 and array.shape[1] not in (1, 3)):
         array = array[..., None]
-    if array.ndim != 4:
-        raise file.error(f"'{key}' must have the shape (n, H, W) or (n, H, W, 3), not {array.shape}")
-    if array.shape[3] not in (1, 3):
-        hint = ": the channels come last" if array.shape[1] in (1, 3) else ""
-        raise file.error(f"'{key}' must have the shape (n, H, W) or (n, H, W, 3), not {array.shape}{hint}")
+    if array.shape[-1] not in (1, 3):
+        raise file.error(shape + (": the channels come last" if array.shape[1] in (1, 3) else ""))
     if 0 in array.shape[1:]:
         raise file.error(f"'{key}' holds images without pixels, shape {array.shape}")
     if array.dtype == np.uint8:
@@ -130,6 +145,18 @@ def _images(file: _Archive, key: str) -> np.ndarray:
         low, high = float(array.min()), float(array.max())
         raise file.error(f"'{key}' holds floats from {low:g} to {high:g}: scale them to 0..1, or save uint8")
     return np.rint(array * 255).astype(np.uint8)
+
+
+def _labels(file: _Archive, key: str, length: int) -> np.ndarray:
+    """`(n,)` integers from 0, or `(n, K)` of 0 and 1 where there are several columns."""
+    array = file.array(key)
+    if array.ndim != 2 or array.shape[1] < 2:
+        return _integers(file, key, length)
+    if len(array) != length:
+        raise file.error(f"'{key}' has {len(array)} entries for {length} images")
+    if array.dtype.kind not in "iub" or not np.isin(array, (0, 1)).all():
+        raise file.error(f"'{key}' has {array.shape[1]} columns, which must hold 0 or 1 for every finding")
+    return array.astype(np.int64)
 
 
 def _integers(file: _Archive, key: str, length: int) -> np.ndarray:
@@ -161,6 +188,13 @@ def _check_range(
         if top >= len(names):
             raise file.error(f"'{key}_{kind}' holds {top}, but {source} has {len(names)} names (0 to {len(names) - 1})")
     return names
+
+
+def _finding_names(file: _Archive, findings: int, names: tuple[str, ...]) -> tuple[str, ...]:
+    """One name per column of the labels, made up when there are none."""
+    if names and len(names) != findings:
+        raise file.error(f"the labels have {findings} columns, but class_names has {len(names)} names")
+    return names or tuple(f"finding {k}" for k in range(findings))
 
 
 def _describe(array: np.ndarray) -> str:

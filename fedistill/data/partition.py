@@ -44,8 +44,9 @@ def partition(data: Dataset, config: Config) -> Partition:
 
     `site` follows the real sites. The others are random and reproducible: `iid` gives every site the same number and
     class mix; `dirichlet` draws the share of each class over the sites from Dir(alpha); `quantity` draws the sizes of
-    the sites from Dir(alpha) with the same class mix. There, val and test are divided IID. A path to a `.json` file
-    gives the indices themselves. Raises `FedistillError` when the partition is impossible, naming the way out.
+    the sites from Dir(alpha) with the same class mix. There, val and test are divided IID, and an image with several
+    findings counts for the first. A path to a `.json` file gives the indices themselves. Raises `FedistillError` when
+    the partition is impossible, naming the way out.
     """
     kind = config.partition
     if kind == "auto":
@@ -66,7 +67,7 @@ def partition(data: Dataset, config: Config) -> Partition:
             f"sites={sites} is too many for {n} training images: each site needs at least {_SMALLEST}.",
         )
     generator = torch.Generator().manual_seed(config.seed)
-    labels = data.train.labels
+    labels = data.train.groups
     if kind == "iid":
         train = _divide(labels, torch.full((sites,), 1 / sites, dtype=torch.float64), generator)
     elif kind == "quantity":
@@ -75,7 +76,7 @@ def partition(data: Dataset, config: Config) -> Partition:
         train = _redraw(lambda: _dirichlet_by_class(labels, sites, config.alpha, generator), config, sites)
     even = torch.full((sites,), 1 / sites, dtype=torch.float64)
     owners = {"train": train}
-    owners |= {key: _divide(data.splits[key].labels, even, generator) for key in ("val", "test")}
+    owners |= {key: _divide(data.splits[key].groups, even, generator) for key in ("val", "test")}
     return _collect(tuple(f"site-{i + 1}" for i in range(sites)), owners)
 
 
@@ -184,7 +185,7 @@ def _from_file(data: Dataset, path: Path, sites: int) -> Partition:
     for key, split in data.splits.items():
         if not any(key in lists for lists in named.values()):
             even = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-            owners[key] = _divide(split.labels, even, torch.Generator().manual_seed(0))
+            owners[key] = _divide(split.groups, even, torch.Generator().manual_seed(0))
             continue
         owner = [-1] * len(split)
         for place, name in enumerate(names):

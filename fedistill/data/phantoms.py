@@ -3,6 +3,9 @@
 A body with smooth texture holds one lesion, whose shape is the class. Position, size, direction, contrast and polarity
 (brighter or darker than its surroundings) are random, so neither the mean nor any fixed pixel tells the class. Three
 scanners differ in contrast, noise, sharpness, field of view and, in colour, in tint.
+
+With task=multilabel an image holds up to three lesions of different shapes; with task=ordinal none (grade 0) or one nodule
+whose size is the grade. Volumes hold the same lesions, which taper off along the depth.
 """
 
 from __future__ import annotations
@@ -18,6 +21,19 @@ from fedistill.data.dataset import Dataset, Split
 from fedistill.errors import FedistillError
 
 CLASSES = ("nodule", "ring", "spiculated mass", "calcifications", "opacity", "band")
+
+
+Span = tuple[float | Tensor, float | Tensor]  # limits of a random number, for all images or each one's own (n, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One lesion of every image: its shape `(n,)`, an index into `CLASSES` or -1 for none, and where and how large it is."""
+
+    shape: Tensor
+    reach: Span  # from the middle, where the body ends at about 0.8
+    angle: Span
+    unit: Span  # about its radius
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,7 @@ SCANNERS = (
 )
 _SITE_SHARES = (0.4, 0.35, 0.25)
 _CHUNK = 256  # images drawn at a time: bounds the memory
+_MOST = 3  # lesions in one image
 
 
 def phantom_data(config: Config) -> Dataset:
@@ -50,6 +67,7 @@ def phantom_data(config: Config) -> Dataset:
     channels or images that cannot be made.
     """
     classes, channels, n = config.phantom_classes, config.phantom_channels, config.phantom_images
+    kind = "multiclass" if config.task == "auto" else config.task
     _check(classes, channels)
     if n < 8 * classes:
         raise FedistillError(
@@ -59,11 +77,15 @@ def phantom_data(config: Config) -> Dataset:
     sizes = {"train": n, "val": n // 4, "test": n // 2}
     parts = {}
     for key, count in sizes.items():
-        labels, site = _labels_and_sites(count, classes, generator)
-        images = _draw(labels, site, channels, config.phantom_size, generator)
+        labels, site = _labels_and_sites(count, classes + (kind == "multilabel"), generator)
+        if kind == "multilabel":
+            labels = _findings(labels, classes, generator)
+        places = _places(labels, kind, classes, generator)
+        images = _draw(places, site, channels, config.phantom_size, config.phantom_depth, generator)
         parts[key] = Split(images.mul_(255).round_().to(torch.uint8), labels, site)
     names = tuple(scanner.name for scanner in SCANNERS)
-    return Dataset("phantom", "phantom", CLASSES[:classes], names, parts["train"], parts["val"], parts["test"])
+    class_names = tuple(f"grade {k}" for k in range(classes)) if kind == "ordinal" else CLASSES[:classes]
+    return Dataset("phantom", "phantom", class_names, names, parts["train"], parts["val"], parts["test"], kind)
 
 
 def phantom_images(n: int, channels: int, size: int, generator: torch.Generator, classes: int) -> tuple[Tensor, Tensor]:
@@ -74,7 +96,7 @@ def phantom_images(n: int, channels: int, size: int, generator: torch.Generator,
     _check(classes, channels)
     labels = (torch.arange(n) % classes)[torch.randperm(n, generator=generator)]
     site = torch.randint(len(SCANNERS), (n,), generator=generator)
-    return _draw(labels, site, channels, size, generator), labels
+    return _draw(_places(labels, "multiclass", classes, generator), site, channels, size, 0, generator), labels
 
 
 def _check(classes: int, channels: int) -> None:
@@ -99,62 +121,117 @@ def _labels_and_sites(n: int, classes: int, generator: torch.Generator) -> tuple
     return cell % classes, cell // classes
 
 
-def _draw(labels: Tensor, site: Tensor, channels: int, size: int, generator: torch.Generator) -> Tensor:
-    """`(n, C, size, size)` float32 in 0..1."""
-    out = torch.empty(len(labels), channels, size, size)
-    for start in range(0, len(labels), _CHUNK):
-        piece = slice(start, start + _CHUNK)
-        out[piece] = _draw_chunk(labels[piece], site[piece], channels, size, generator)
+def _findings(first: Tensor, classes: int, generator: torch.Generator) -> Tensor:
+    """Findings `(n, K)`: the class `first (n,)` (K: none) and up to two others."""
+    n = len(first)
+    labels = F.one_hot(first, classes + 1)[:, :classes]
+    others = torch.rand(n, classes, generator=generator) * (1 - labels)
+    wanted = torch.rand(n, 1, generator=generator)
+    more = (wanted > 0.45).long() + (wanted > 0.8).long()
+    rank = others.argsort(1, descending=True).argsort(1)
+    return labels | ((rank < more) & (others > 0) & (first < classes)[:, None]).long()
+
+
+def _places(labels: Tensor, kind: str, classes: int, generator: torch.Generator) -> list[_Place]:
+    """The lesions that show `labels`: a class or grade `(n,)`, or findings `(n, K)`."""
+    turn = 2 * torch.pi
+    if kind == "multiclass":
+        return [_Place(labels, (0, 0.42), (0, turn), (0.27, 0.38))]
+    if kind == "ordinal":
+        step = 0.40 / (classes - 1)
+        middle = 0.12 + step * labels[:, None, None]
+        return [_Place((labels > 0).long() - 1, (0, 0.35), (0, turn), (middle - 0.5 * step, middle + 0.5 * step))]
+    order = (labels * (1 + torch.rand(labels.shape, generator=generator))).argsort(1, descending=True)
+    first = turn * torch.rand(len(labels), 1, 1, generator=generator)
+    places = []
+    for j in range(min(_MOST, classes)):  # in three directions, so that they stay apart
+        shape = torch.where(labels.sum(1) > j, order[:, j], -1)
+        angle = first + j * turn / _MOST
+        places.append(_Place(shape, (0.32, 0.45), (angle - 0.35, angle + 0.35), (0.22, 0.32)))
+    return places
+
+
+def _draw(
+    places: list[_Place], site: Tensor, channels: int, size: int, depth: int, generator: torch.Generator
+) -> Tensor:
+    """`(n, C, size, size)`, or `(n, C, depth, size, size)`, float32 in 0..1."""
+    out = torch.empty(len(site), channels, *([depth] if depth else []), size, size)
+    chunk = max(1, _CHUNK // max(1, depth))
+    for start in range(0, len(site), chunk):
+        piece = slice(start, start + chunk)
+        mine = [_Place(p.shape[piece], p.reach, _part(p.angle, piece), _part(p.unit, piece)) for p in places]
+        out[piece] = _draw_chunk(mine, site[piece], channels, size, depth, generator)
     return out
 
 
-def _draw_chunk(labels: Tensor, site: Tensor, channels: int, size: int, generator: torch.Generator) -> Tensor:
-    n = len(labels)
+def _part(span: Span, piece: slice) -> Span:
+    low, high = (limit[piece] if isinstance(limit, Tensor) else limit for limit in span)
+    return low, high
 
-    def between(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *(shape or (1, 1)), generator=generator)
+
+def _draw_chunk(
+    places: list[_Place], site: Tensor, channels: int, size: int, depth: int, generator: torch.Generator
+) -> Tensor:
+    n = len(site)
+
+    def between(low: float | Tensor, high: float | Tensor) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
 
     def scanner(what: str) -> Tensor:
         return torch.tensor([float(getattr(s, what)) for s in SCANNERS])[site][:, None, None]
 
+    # The slices of a volume lie below each other in one tall picture: what follows is the same for both.
+    slices = max(1, depth)
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = axis[:, None] / scanner("view"), axis[None, :] / scanner("view")
+    y, x = axis.repeat(slices)[:, None] / scanner("view"), axis[None, :] / scanner("view")
+    z = ((torch.arange(slices) + 0.5) / slices * 2 - 1).repeat_interleave(size)[:, None]
     pixel = 2.0 / size
 
     # The body: an ellipse of tissue with smooth texture, and a darker surround.
     turn = between(0, torch.pi)
     u, v = _turned(x - between(-0.08, 0.08), y - between(-0.08, 0.08), turn)
-    radius = ((u / between(0.82, 1.02)).square() + (v / between(0.68, 0.88)).square()).sqrt()
+    radius = ((u / between(0.82, 1.02)).square() + (v / between(0.68, 0.88)).square() + z.square()).sqrt()
     body = torch.sigmoid((1 - radius) / 0.05)
-    texture = _texture(n, 4, size, generator) * 0.10 + _texture(n, 9, size, generator) * 0.05
+    texture = _texture(n, 4, size, depth, generator) * 0.10 + _texture(n, 9, size, depth, generator) * 0.05
     tissue = between(0.38, 0.55) + texture + 0.08 * torch.exp(-((radius - 0.97) / 0.06).square())
 
-    # The lesion, in its own turned coordinates, where it has about unit radius.
-    reach, angle = between(0, 0.42), between(0, 2 * torch.pi)
-    unit = between(0.27, 0.38)
-    turn = between(0, 2 * torch.pi)
-    stretch = between(0.85, 1.18)
-    u, v = _turned(x - reach * torch.cos(angle), y - reach * torch.sin(angle), turn)
-    shape = _lesions(u / unit * stretch, v / unit / stretch, labels, pixel / unit, generator)
-    polarity = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
-    lesion = polarity * between(0.28, 0.42) * shape
+    # The lesions, each in its own turned coordinates, where it has about unit radius.
+    marked, lesion = torch.zeros_like(radius), torch.zeros_like(radius)
+    for place in places:
+        reach, angle = between(*place.reach), between(*place.angle)
+        unit = between(*place.unit)
+        turn = between(0, 2 * torch.pi)
+        stretch = between(0.85, 1.18)
+        u, v = _turned(x - reach * torch.cos(angle), y - reach * torch.sin(angle), turn)
+        u, v = u / unit * stretch, v / unit / stretch
+        if depth:
+            w = (z - between(-0.3, 0.3)) / unit
+            taper = (1 - w.square()).clamp_min(0.05).sqrt()
+            shape = _lesions(u / taper, v / taper, place.shape, pixel / unit, generator) * (w.abs() < 1)
+        else:
+            shape = _lesions(u, v, place.shape, pixel / unit, generator)
+        polarity = torch.where(between(0, 1) < 0.5, -1.0, 1.0)
+        lesion = lesion + polarity * between(0.28, 0.42) * shape
+        marked = torch.maximum(marked, shape)
 
     grey = 0.04 + body * (tissue - 0.04 + lesion)
     blur = scanner("blur")
     for _ in range(max(1, round(size / 28))):
-        grey = grey + blur * (_smooth(grey) - grey)
+        smooth = _smooth(grey.view(-1, size, size)).view(grey.shape)
+        grey = grey + blur * (smooth - grey)
     grey = (grey - 0.04) * scanner("contrast") + 0.04 + scanner("offset")
     outside = (scanner("round_view") > 0) & ((x.square() + y.square()) * scanner("view").square() > 1)
     noise = scanner("noise")
     if channels == 1:
-        images = (grey + noise * torch.randn(n, size, size, generator=generator))[:, None]
+        images = (grey + noise * torch.randn(grey.shape, generator=generator))[:, None]
     else:
         tint = torch.tensor([s.tint for s in SCANNERS])[site][:, :, None, None]
         # A lesion has a hue of its own, random so that colour does not tell the class either.
-        hue = 0.14 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5) * (body * shape)[:, None]
-        grain = noise[:, None] * torch.randn(n, 3, size, size, generator=generator)
+        hue = 0.14 * (torch.rand(n, 3, 1, 1, generator=generator) - 0.5) * (body * marked)[:, None]
+        grain = noise[:, None] * torch.randn(n, 3, *grey.shape[1:], generator=generator)
         images = (grey[:, None] + hue) * tint + grain
-    return images.masked_fill(outside[:, None], 0.0).clamp_(0, 1)
+    images = images.masked_fill(outside[:, None], 0.0).clamp_(0, 1)
+    return images.view(n, channels, depth, size, size) if depth else images
 
 
 def _lesions(u: Tensor, v: Tensor, labels: Tensor, pixel: Tensor, generator: torch.Generator) -> Tensor:
@@ -223,8 +300,12 @@ def _turned(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     return x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
 
 
-def _texture(n: int, grid: int, size: int, generator: torch.Generator) -> Tensor:
+def _texture(n: int, grid: int, size: int, depth: int, generator: torch.Generator) -> Tensor:
     """Smooth noise of about unit size: random values on a coarse grid, interpolated."""
+    if depth:
+        coarse = torch.randn(n, 1, grid, grid, grid, generator=generator)
+        fine = F.interpolate(coarse, (depth, size, size), mode="trilinear", align_corners=True)
+        return fine.view(n, depth * size, size)
     coarse = torch.randn(n, 1, grid, grid, generator=generator)
     return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[:, 0]
 

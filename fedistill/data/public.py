@@ -19,6 +19,7 @@ NORMALISATION: dict[str, tuple[float, float]] = {
     "ultrasound": (0.3, 0.2),
     "oct": (0.2, 0.2),
     "fundus": (0.35, 0.25),
+    "mask": (0.1, 0.3),  # the outline of an organ or vessel, white on black
     "phantom": (0.4, 0.25),
 }
 
@@ -36,12 +37,13 @@ AUGMENT: dict[str, tuple[str, ...]] = {
     "ultrasound": _MILD,
     "oct": ("flip", *_MILD),  # a left eye becomes a right eye; the retinal layers keep their order
     "fundus": ("flip", *_MILD, "saturation"),  # likewise: a mirrored left eye is a right eye
+    "mask": ("flip", "rotate", "scale", "crop", "cutout"),  # a left gland becomes a right one
     "phantom": ("flip", "vflip", "rot90", *_MILD, "saturation"),
 }
 
 
 def normalise(images: Tensor, modality: str) -> Tensor:
-    """`(n, C, H, W)` uint8 to float32 with the public mean and standard deviation of `modality`.
+    """`(n, C, ..., H, W)` uint8 to float32 with the public mean and standard deviation of `modality`.
 
     Raises `FedistillError` on an unknown modality.
     """

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedistill.config import Config
-from fedistill.data.dataset import Dataset
+from fedistill.data.dataset import Dataset, of_task
 from fedistill.data.folder import load_folder
 from fedistill.data.manifest import load_manifest
-from fedistill.data.medmnist_source import MEDMNIST, UNSUPPORTED, flag_of, load_medmnist
+from fedistill.data.medmnist_source import MEDMNIST, flag_of, load_flag, load_medmnist
 from fedistill.data.npz import load_npz
 from fedistill.data.phantoms import phantom_data
 from fedistill.data.public import known_modality
@@ -21,14 +21,15 @@ from fedistill.errors import FedistillError, unknown
 
 
 def load_data(config: Config) -> Dataset:
-    """The data set that `config.data` names, square, at `config.image_size` and under `config.modality`.
+    """The data set that `config.data` names, square, at `config.image_size`, under `config.modality` and `config.task`.
 
-    Raises `FedistillError` when there is no such source, when it cannot be read, and on an unknown modality.
+    Raises `FedistillError` when there is no such source, when it cannot be read, on an unknown modality, and on a task that
+    the labels do not fit.
     """
     if config.modality != "auto":
         known_modality(config.modality)  # before the work of reading
-    data = _resized(_load(config), config.image_size)
-    _, height, width = data.geometry
+    data = _resized(of_task(_load(config), config.task), config.image_size)
+    height, width = data.geometry[-2:]
     if height != width:
         raise FedistillError(
             "not-square", f"The images of {data.name} have {width}x{height} pixels: set image_size to make them square."
@@ -40,7 +41,7 @@ def _load(config: Config) -> Dataset:
     source = config.data.strip()
     if source == "phantom":
         return phantom_data(config)
-    if source in MEDMNIST or source in UNSUPPORTED:
+    if source in MEDMNIST:
         return load_medmnist(source, config.image_size)
     path = Path(source)
     try:
@@ -54,14 +55,9 @@ def _load(config: Config) -> Dataset:
     if is_file:
         if suffix == ".npz":
             flag = flag_of(path.stem)
-            about = MEDMNIST.get(flag)
-            return (
-                load_npz(path)
-                if about is None
-                else load_npz(path, modality=about.modality, class_names=about.class_names)
-            )
+            return load_flag(path, flag) if flag else load_npz(path)
         if suffix == ".csv":
-            return load_manifest(path, config.image_size)
+            return load_manifest(path, config.image_size, config.task)
         raise FedistillError("bad-data", f"{path} is neither an .npz file, a .csv manifest nor an image folder.")
     if suffix in (".npz", ".csv") or "/" in source or "\\" in source:
         raise FedistillError("missing-file", f"data={source}: there is no file or folder {path.absolute()}.")
@@ -69,18 +65,26 @@ def _load(config: Config) -> Dataset:
 
 
 def _resized(data: Dataset, size: int) -> Dataset:
-    """Square images of `size` pixels per side; unchanged when `size` is 0."""
-    if size == 0 or data.geometry[1:] == (size, size):
+    """Square images, or cubes, of `size` pixels per side; unchanged when `size` is 0."""
+    if size == 0 or set(data.geometry[1:]) == {size}:
         return data
     train, val, test = (replace(split, images=resize(split.images, size)) for split in data.splits.values())
     return replace(data, train=train, val=val, test=test)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """`(n, C, H, W)` uint8 to `(n, C, size, size)` uint8, bilinear with antialiasing."""
-    out = torch.empty(len(images), images.shape[1], size, size, dtype=torch.uint8)
-    for start in range(0, len(images), 512):  # in pieces: floats take four times the memory
-        piece = images[start : start + 512].to(torch.float32)
-        small = F.interpolate(piece, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        out[start : start + 512] = small.round_().clamp_(0, 255).to(torch.uint8)
+    """`(n, C, H, W)` or `(n, C, D, H, W)` uint8 to `size` along every axis of space, linear with antialiasing."""
+    sides = images.dim() - 2
+    out = torch.empty(*images.shape[:2], *[size] * sides, dtype=torch.uint8)
+    step = 512 if sides == 2 else 32
+    for start in range(0, len(images), step):  # in pieces: floats take four times the memory
+        small = _linear(images[start : start + step].flatten(1, -3).to(torch.float32), size, size)
+        if sides == 3:  # slice by slice, then along the depth
+            small = small.reshape(len(small), images.shape[1], -1, size * size)
+            small = _linear(small, size, size * size).reshape(len(small), -1, size, size, size)
+        out[start : start + step] = small.round_().clamp_(0, 255).to(torch.uint8)
     return out
+
+
+def _linear(images: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True, align_corners=False)

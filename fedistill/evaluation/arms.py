@@ -17,7 +17,7 @@ from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import Partition
 from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.fit import LEARNING_RATES, Material, Result, fit_all, of_split, predict, select_and_test
-from fedistill.evaluation.metrics import NAMES, confusion, mean_std
+from fedistill.evaluation.metrics import counts_of, mean_std
 from fedistill.experts.train import Task
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.models.flat import device_of
@@ -63,7 +63,9 @@ def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], se
 
 
 def draw_of_each(labels: Tensor, counts: Sequence[int], rng: torch.Generator) -> Tensor:
-    """Random positions in `labels` `(n,)`, `counts[c]` of each class c."""
+    """Random positions in `labels` `(n,)`, `counts[c]` of each class c; in labels of several findings `(n, K)` as many in all."""
+    if labels.dim() == 2:
+        return torch.randperm(len(labels), generator=rng)[: sum(counts)]
     chosen = []
     for c, n in enumerate(counts):
         of_class = torch.nonzero(labels == c).flatten()
@@ -74,7 +76,7 @@ def draw_of_each(labels: Tensor, counts: Sequence[int], rng: torch.Generator) ->
 def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSet) -> Iterator[Arm]:
     """The four arms of one seed; sites that are not in the merged set are left out of "random real" and "local only" too."""
     counts = {
-        name: torch.bincount(merged.hard_labels[merged.of_site(name)], minlength=data.classes).tolist()
+        name: torch.bincount(merged.groups[merged.of_site(name)], minlength=data.classes).tolist()
         for name in merged.sites
     }
     task = task_of(data)
@@ -143,7 +145,9 @@ def candidates(config: Config, task: Task, merged: SyntheticSet) -> dict[str, Te
 
 
 def confusion_at(config: Config, data: Dataset, model: str, theta: Tensor, split: str) -> Tensor:
-    """Counts `(K, K)` of a network's answers on one split: additive over sites, so federated evaluation needs no image.
+    """Counts of a network's answers on one split: additive over sites, so federated evaluation needs no image.
+
+    `(K, K)`, or `(K, 2, 2)` of an image's findings (see `evaluation.metrics`).
 
     Raises `FedistillError` on parameters that do not fit the network.
     """
@@ -151,15 +155,14 @@ def confusion_at(config: Config, data: Dataset, model: str, theta: Tensor, split
     net = task.network(model, config)
     if theta.shape != (net.size,) or not torch.isfinite(theta).all():
         raise FedistillError("bad-model", f"The global model does not fit: {model} has {net.size} finite parameters.")
-    probabilities = predict(net, theta.to(device), part.images, task)
-    return confusion(part.labels, probabilities.argmax(1), task.classes)
+    return counts_of(predict(net, theta.to(device), part.images, task), part.labels, task.kind)
 
 
 def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
     """The mean over sites of the mean over networks, with the deviation over networks of that mean over sites."""
     nets = range(len(runs[0].scores))
     figures: dict[str, Any] = {}
-    for name in NAMES:
+    for name in (name for name in runs[0].scores[0] if name != "per_class_recall"):
         over_sites = [mean_std([run.scores[n][name] for run in runs])["mean"] for n in nets]
         figures[name] = mean_std(over_sites)
     classes = range(len(runs[0].scores[0]["per_class_recall"]))
@@ -181,6 +184,7 @@ def _key(config: Config, model: str, materials: Sequence[Material], tested_on: s
         config.class_weights,
         config.augment,
         config.modality,
+        config.task,
     )
     digest = hashlib.sha256(
         repr((ALGORITHM, model, tested_on, config.seed, LEARNING_RATES, settings, config.width, config.depth)).encode()

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.public import normalise
-from fedistill.evaluation.metrics import score
+from fedistill.evaluation.metrics import merit, score
 from fedistill.experts.train import Task
 from fedistill.memory import keep_freed_memory, one_thread
 from fedistill.models.augment import augment, draw
@@ -28,7 +28,7 @@ LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 @dataclass(frozen=True)
 class Material:
-    """What a global network is trained on: images `(n, C, H, W)`, uint8 or already normalised float32, labels `(n, K)`."""
+    """What a global network is trained on: images or volumes, uint8 or already normalised float32, and labels `(n, K)`."""
 
     images: Tensor
     labels: Tensor
@@ -95,19 +95,16 @@ def select_and_test(config: Config, task: Task, model: str, material: Material, 
     searched = fit_all(config, task, model, material, [(lr, config.seed) for lr in LEARNING_RATES])
     chosen = max(
         range(len(LEARNING_RATES)),
-        key=lambda i: _merit(score(predict(net, searched[i], val.images, task), val.labels)),
+        key=lambda i: merit(score(predict(net, searched[i], val.images, task), val.labels, task.kind), task.kind),
     )
     lr = LEARNING_RATES[chosen]
     more = [(lr, config.seed + 1000 * n) for n in range(1, config.eval_nets)]
     thetas = [searched[chosen], *fit_all(config, task, model, material, more)]
     on_test, on_val = (
-        [score(predict(net, theta, part.images, task), part.labels) for theta in thetas] for part in (test, val)
+        [score(predict(net, theta, part.images, task), part.labels, task.kind) for theta in thetas]
+        for part in (test, val)
     )
     return Result(on_test, on_val, lr, time.monotonic() - began, thetas)
-
-
-def _merit(scores: dict[str, Any]) -> tuple[float, float]:
-    return scores["balanced_accuracy"] or 0.0, scores["auc"] or 0.0
 
 
 def fit_all(

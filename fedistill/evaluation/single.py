@@ -18,17 +18,18 @@ from fedistill.wire import encode, size
 
 
 def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict[str, Any]:
-    """Arms "distilled" and "random_real" (as many random real training images per class), in the layout of a run's summary.
+    """Arms "distilled" and "random_real" (as many random real training images, per class where an image has one), in the
+    layout of a run's summary.
 
-    Raises `FedistillError` when set and data differ in classes, geometry or modality.
+    Raises `FedistillError` when set and data differ in classes, kind of task, geometry or modality.
     """
-    for what in ("class_names", "geometry", "modality"):
+    for what in ("class_names", "kind", "geometry", "modality"):
         if getattr(synthetic, what) != getattr(data, what):
             raise FedistillError(
                 "unlike-data",
                 f"The set and {data.name} do not fit: {what} is {getattr(synthetic, what)} and {getattr(data, what)}.",
             )
-    counts = torch.bincount(synthetic.hard_labels, minlength=data.classes).tolist()
+    counts = torch.bincount(synthetic.groups, minlength=data.classes).tolist()
     rng = generator(config.seed, "random-real", "all")
     random = data.train.take(draw_of_each(data.train.labels, counts, rng))
     materials = {
@@ -46,5 +47,6 @@ def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict
         "config": config.to_dict(),
         "seed": config.seed,
         "seeds": [config.seed],
+        "data": {"name": data.name, "kind": data.kind},
         "arms": arms,
     }

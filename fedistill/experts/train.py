@@ -28,7 +28,7 @@ from fedistill.seeding import generator
 class Task:
     """What is public about a task, and all that a network needs to know: no image, no label, no count."""
 
-    geometry: tuple[int, int, int]
+    geometry: tuple[int, ...]
     class_names: tuple[str, ...]
     modality: str
     kind: str = "multiclass"

@@ -8,9 +8,10 @@ import torch
 
 from fedistill.errors import FedistillError
 from fedistill.matching import trajectory
-from fedistill.matching.problem import Matching, groups_of
+from fedistill.matching.problem import Matching
 from fedistill.matching.state import State
 from fedistill.memory import keep_freed_memory
+from fedistill.models.loss import groups_of
 from fedistill.seeding import generator
 
 STUCK = 0.95  # a matching loss above it means that the student did not get anywhere

@@ -109,13 +109,6 @@ def cover(findings: Sequence[tuple[Sequence[int], int]], m: int) -> Tensor:
     return torch.stack(chosen)
 
 
-def groups_of(targets: Tensor, kind: str) -> Tensor:
-    """The group `(m,)` of each image: its class; for multi-label its first finding, K where it has none."""
-    if kind != "multilabel":
-        return targets.argmax(1)
-    return torch.where(targets.amax(1) > 0, targets.argmax(1), targets.shape[1])
-
-
 def membership(targets: Tensor, kind: str) -> Tensor:
     """Whether an image shows a class, `(m, K)` of 0 and 1; for multi-label `(m, K+1)`, the last column being "no finding"."""
     if kind == "multilabel":

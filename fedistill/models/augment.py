@@ -34,15 +34,27 @@ def draw(names: Sequence[str], generator: torch.Generator) -> Draw:
 
 
 def augment(x: Tensor, op: Draw) -> Tensor:
-    """Apply `op` with the same parameters to all images `(n, C, H, W)`."""
+    """Apply `op` with the same parameters to all images `(n, C, H, W)`, or volumes `(n, C, D, H, W)`.
+
+    Rotations and flips turn a volume in the plane of its slices; everything else acts along its depth too.
+    """
     return OPERATIONS[op.name](x, *op.u)
 
 
-def _affine(x: Tensor, a: float, b: float, c: float, d: float) -> Tensor:
-    matrix = torch.tensor([[a, b, 0.0], [c, d, 0.0]], dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
+def _affine(x: Tensor, a: float, b: float, c: float, d: float, depth: float = 1.0) -> Tensor:
+    """Coordinates (x, y) times [[a, b], [c, d]], and z times `depth`."""
+    rows = [[a, b, 0.0], [c, d, 0.0]]
+    if x.dim() == 5:
+        rows = [[a, b, 0.0, 0.0], [c, d, 0.0, 0.0], [0.0, 0.0, depth, 0.0]]
+    matrix = torch.tensor(rows, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
     return F.grid_sample(
         x, F.affine_grid(matrix, list(x.shape), align_corners=False), padding_mode="border", align_corners=False
     )
+
+
+def _third(u: float, v: float) -> float:
+    """A third random number out of two: uniform, and independent of either. The depth of a volume uses it."""
+    return (u + v) % 1.0
 
 
 def _rotate(x: Tensor, u: float, _: float) -> Tensor:
@@ -51,22 +63,26 @@ def _rotate(x: Tensor, u: float, _: float) -> Tensor:
 
 
 def _scale(x: Tensor, u: float, v: float) -> Tensor:
-    return _affine(x, 1.2 ** (2 * u - 1), 0.0, 0.0, 1.2 ** (2 * v - 1))
+    return _affine(x, 1.2 ** (2 * u - 1), 0.0, 0.0, 1.2 ** (2 * v - 1), 1.2 ** (2 * _third(u, v) - 1))
 
 
 def _crop(x: Tensor, u: float, v: float) -> Tensor:
-    h, w = x.shape[2:]
-    pad = max(1, round(0.125 * h))
-    top, left = (min(int(t * (2 * pad + 1)), 2 * pad) for t in (u, v))
-    return F.pad(x, (pad, pad, pad, pad), mode="replicate")[:, :, top : top + h, left : left + w]
+    size = x.shape[2:]
+    pads = [max(1, round(0.125 * side)) for side in size]
+    drawn = (_third(u, v), u, v)[-len(size) :]
+    starts = [min(int(t * (2 * pad + 1)), 2 * pad) for t, pad in zip(drawn, pads, strict=True)]
+    wide = F.pad(x, [pad for pad in reversed(pads) for _ in range(2)], mode="replicate")
+    for axis, (start, side) in enumerate(zip(starts, size, strict=True), 2):
+        wide = wide.narrow(axis, start, side)
+    return wide
 
 
 def _cutout(x: Tensor, u: float, v: float) -> Tensor:
-    h, w = x.shape[2:]
-    side_h, side_w = h // 2, w // 2
-    top, left = int(u * (h - side_h + 1)), int(v * (w - side_w + 1))
-    keep = torch.ones((h, w), dtype=x.dtype, device=x.device)
-    keep[top : top + side_h, left : left + side_w] = 0
+    size = x.shape[2:]
+    drawn = (_third(u, v), u, v)[-len(size) :]
+    starts = [int(t * (side - side // 2 + 1)) for t, side in zip(drawn, size, strict=True)]
+    keep = torch.ones(size, dtype=x.dtype, device=x.device)
+    keep[tuple(slice(start, start + side // 2) for start, side in zip(starts, size, strict=True))] = 0
     return x * keep
 
 
@@ -75,7 +91,7 @@ def _brightness(x: Tensor, u: float, _: float) -> Tensor:
 
 
 def _contrast(x: Tensor, u: float, _: float) -> Tensor:
-    mean = x.mean((1, 2, 3), keepdim=True)
+    mean = x.mean(tuple(range(1, x.dim())), keepdim=True)
     return (x - mean) * (u + 0.5) + mean
 
 
@@ -86,9 +102,9 @@ def _saturation(x: Tensor, u: float, _: float) -> Tensor:
 
 OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
-    "flip": lambda x, u, _: x.flip(3) if u < 0.5 else x,
-    "vflip": lambda x, u, _: x.flip(2) if u < 0.5 else x,
-    "rot90": lambda x, u, _: x.rot90(min(int(4 * u), 3), (2, 3)),
+    "flip": lambda x, u, _: x.flip(-1) if u < 0.5 else x,
+    "vflip": lambda x, u, _: x.flip(-2) if u < 0.5 else x,
+    "rot90": lambda x, u, _: x.rot90(min(int(4 * u), 3), (-2, -1)),
     "rotate": _rotate,
     "scale": _scale,
     "crop": _crop,

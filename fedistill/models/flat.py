@@ -23,7 +23,7 @@ class Flat:
         self.size = sum(self.sizes)
 
     def __call__(self, theta: Tensor, x: Tensor) -> Tensor:
-        """Logits `(n, K)` of images `(n, C, H, W)`."""
+        """Logits `(n, K)` of images `(n, C, H, W)` or volumes `(n, C, D, H, W)`."""
         return functional_call(self._net, self._views(theta), (x,))
 
     def features(self, theta: Tensor, x: Tensor) -> Tensor:

@@ -29,6 +29,13 @@ def targets_of(labels: Tensor, classes: int, kind: str) -> Tensor:
     return F.one_hot(labels, classes).float()
 
 
+def groups_of(targets: Tensor, kind: str) -> Tensor:
+    """The group `(n,)` of each image: its most likely class; for multilabel K where no finding reaches one half."""
+    if kind != "multilabel":
+        return targets.argmax(1)
+    return torch.where(targets.amax(1) >= 0.5, targets.argmax(1), targets.shape[1])
+
+
 def loss_of(kind: str, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean loss of `logits (b, K)` to `targets (b, K)`.
 

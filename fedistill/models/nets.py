@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,17 +15,18 @@ from fedistill.errors import FedistillError, unknown
 class ConvNet(nn.Module):
     """Blocks of 3x3 convolution, GroupNorm(C, C), ReLU and 2x2 average pooling, then one linear layer.
 
-    The classifier is sized by a dummy forward, so any image size works (28x28x3 included).
+    Volumes get the same blocks with 3x3x3 and 2x2x2. The classifier is sized by a dummy forward, so any size works.
     """
 
-    def __init__(self, channels: int, classes: int, size: tuple[int, int], *, width: int, depth: int) -> None:
+    def __init__(self, channels: int, classes: int, size: tuple[int, ...], *, width: int, depth: int) -> None:
         super().__init__()
+        convolution, pooling = (nn.Conv3d, nn.AvgPool3d) if len(size) == 3 else (nn.Conv2d, nn.AvgPool2d)
         self.blocks = nn.Sequential()
         for i in range(depth):
-            self.blocks.append(nn.Conv2d(channels if i == 0 else width, width, 3, padding=1))
+            self.blocks.append(convolution(channels if i == 0 else width, width, 3, padding=1))
             self.blocks.append(nn.GroupNorm(width, width))
             self.blocks.append(nn.ReLU())
-            self.blocks.append(nn.AvgPool2d(2))
+            self.blocks.append(pooling(2))
         with torch.no_grad():
             features = self.blocks(torch.zeros(1, channels, *size)).numel()
         self.classifier = nn.Linear(features, classes)
@@ -39,11 +41,11 @@ class ConvNet(nn.Module):
 class MLP(nn.Module):
     """Two hidden layers: an architecture that shares nothing with a ConvNet."""
 
-    def __init__(self, channels: int, classes: int, size: tuple[int, int], *, hidden: int = 128) -> None:
+    def __init__(self, channels: int, classes: int, size: tuple[int, ...], *, hidden: int = 128) -> None:
         super().__init__()
         self.hidden = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(channels * size[0] * size[1], hidden),
+            nn.Linear(channels * math.prod(size), hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
@@ -76,8 +78,10 @@ class _Residual(nn.Module):
 class ResNet18(nn.Module):
     """ResNet-18 for small images (3x3 stem, no max-pooling) with GroupNorm(32, C)."""
 
-    def __init__(self, channels: int, classes: int, size: tuple[int, int]) -> None:
+    def __init__(self, channels: int, classes: int, size: tuple[int, ...]) -> None:
         super().__init__()
+        if len(size) != 2:
+            raise FedistillError("only-2d", "resnet18 takes images and no volumes: use convnet or mlp.")
         self.stem = nn.Sequential(nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.GroupNorm(32, 64), nn.ReLU())
         self.stages = nn.Sequential()
         inside = 64
@@ -96,9 +100,12 @@ class ResNet18(nn.Module):
 MODELS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet18": ResNet18}
 
 
-def build(name: str, geometry: tuple[int, int, int], classes: int, *, width: int = 32, depth: int = 3) -> nn.Module:
-    """A network for images of `geometry` (C, H, W). `width` and `depth` are the ConvNet's. Raises on an unknown
-    name and on more blocks than the images have room for."""
+def build(name: str, geometry: tuple[int, ...], classes: int, *, width: int = 32, depth: int = 3) -> nn.Module:
+    """A network for images of `geometry` (C, H, W) or volumes (C, D, H, W). `width` and `depth` are the ConvNet's.
+
+    Raises `FedistillError` on an unknown name, on more blocks than the images have room for, and on a network that takes
+    no volumes.
+    """
     if name not in MODELS:
         raise unknown("model", name, MODELS)
     channels, size = geometry[0], geometry[1:]

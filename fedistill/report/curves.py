@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fedistill.report.tables import METRICS, arm_name, arms_in_order, mean_of, score, std_of
+from fedistill.report.tables import METRICS, arm_name, arms_in_order, kind_of, mean_of, score, std_of
 
 # Okabe and Ito's colours in the order of their contrast; the page brightens or darkens them to suit its background.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -57,7 +57,8 @@ def loss_chart(curves: Mapping[str, Curve], title: str, top: float = 0.0) -> str
 def arms_chart(summary: Mapping[str, Any], metric: str) -> str:
     """One dot per arm on an axis from 0 to 1, with a bar of one deviation to each side, as an SVG string.
 
-    metric: a key of `tables.METRICS`. A dotted line marks chance where it is known (balanced accuracy: `1 / K`).
+    metric: a key of `tables.METRICS`. A dotted line marks chance where it is known (balanced accuracy: `1 / K`, of findings
+    one half, as is AUC).
     """
     arms = list(arms_in_order(summary.get("arms") or {}))
     left, plot_width, row = 12, WIDTH - 24, 44
@@ -66,9 +67,9 @@ def arms_chart(summary: Mapping[str, Any], metric: str) -> str:
     for value in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = left + plot_width * value
         parts += [_grid(x, 8, x, bottom), _text(x, bottom + 16, f"{value:g}")]
-    classes = len((summary.get("data") or {}).get("class_names") or [])
-    if metric == "balanced_accuracy" and classes > 1:
-        x = left + plot_width / classes
+    chance = _chance(summary, metric)
+    if chance:
+        x = left + plot_width * chance
         parts.append(f'<path d="M{x:.1f} 8V{bottom}" stroke="currentColor" stroke-dasharray="2 3" fill="none"/>')
         parts.append(_text(x, bottom + 31, "chance"))
     for k, (key, arm) in enumerate(arms):
@@ -87,6 +88,13 @@ def arms_chart(summary: Mapping[str, Any], metric: str) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y}" r="5" style="fill:{colour}"/>')
     told = "; ".join(f"{arm_name(key)} {score(arm.get(metric))}" for key, arm in arms)
     return _svg(f"{METRICS[metric]} of each arm", told or "no figures", bottom + 38, parts)
+
+
+def _chance(summary: Mapping[str, Any], metric: str) -> float | None:
+    classes = len((summary.get("data") or {}).get("class_names") or [])
+    if metric == "auc" or (metric == "balanced_accuracy" and kind_of(summary) == "multilabel"):
+        return 0.5
+    return 1 / classes if metric == "balanced_accuracy" and classes > 1 else None
 
 
 def thin(curve: Curve) -> list[tuple[float, float]]:

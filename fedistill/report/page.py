@@ -15,7 +15,7 @@ from fedistill.methods.registry import METHODS
 from fedistill.report import tables
 from fedistill.report.curves import Curve, arms_chart, highest, loss_chart
 from fedistill.synthetic.set import SyntheticSet
-from fedistill.synthetic.sheet import contact_sheet
+from fedistill.synthetic.sheet import sheet_of
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 TILE_PIXELS = 56  # small images are magnified to about this height
@@ -37,6 +37,7 @@ def render_report(summary: Mapping[str, Any], sets: Mapping[str, SyntheticSet], 
     config, data = summary.get("config") or {}, summary.get("data") or {}
     sites = [_site(site, sets, curves) for site in summary.get("sites") or []]
     class_names = [str(name) for name in data.get("class_names") or []]
+    charted = tables.charted(summary)
     method = METHODS.get(str(config.get("method")))
     return page.render(
         method_reads=method is not None and method.sees_images,
@@ -56,15 +57,18 @@ def render_report(summary: Mapping[str, Any], sets: Mapping[str, SyntheticSet], 
         sites=sites,
         image_counts=_image_counts(sites, class_names),
         arms=arms,
-        metrics=tables.METRICS,
+        kind=tables.kind_of(summary),
+        metrics=tables.metrics_of(summary),
+        counted=tables.counted(summary),
+        headline=tables.METRICS[charted[0]],
         best=tables.best_arm(summary),
         best_mark=tables.BEST,
-        best_means=tables.BEST_MEANS,
+        best_means=tables.best_means(summary),
         deviation=tables.deviation(summary),
-        arm_charts=[Markup(arms_chart(summary, metric)) for metric in ("balanced_accuracy", "accuracy")],
+        arm_charts=[(tables.METRICS[metric], Markup(arms_chart(summary, metric))) for metric in charted],
         loss_chart=Markup(loss_chart(curves, "Matching loss of every site")) if len(curves) > 1 else "",
         federated=_federated(summary),
-        architectures=_architectures(summary, config),
+        architectures=_architectures(summary, config, charted[0]),
     )
 
 
@@ -77,7 +81,7 @@ def _site(site: Mapping[str, Any], sets: Mapping[str, SyntheticSet], curves: Map
         "status": site.get("status") or "unknown",
         "reason": site.get("reason") or "",
         "images": site.get("images"),
-        "total": sum(site["images"]) if site.get("images") else None,
+        "total": site.get("train"),
         "phases": site.get("phases") or {},
         "upload_bytes": site.get("upload_bytes"),
         "iterations": tables.iterations(site),
@@ -91,8 +95,8 @@ def _site(site: Mapping[str, Any], sets: Mapping[str, SyntheticSet], curves: Map
 
 def _sheet(made: SyntheticSet) -> dict[str, Any]:
     """The contact sheet as a `data:` address, with its size in pixels."""
-    scale = max(1, round(TILE_PIXELS / made.geometry[1]))
-    image = contact_sheet(made.pixels, made.hard_labels, made.class_names, scale)
+    scale = max(1, round(TILE_PIXELS / made.geometry[-2]))
+    image = sheet_of(made, scale)
     file = io.BytesIO()
     image.save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
@@ -123,12 +127,12 @@ def _image_counts(sites: list[dict[str, Any]], class_names: list[str]) -> list[t
     told = [(site["name"], site["images"], site["total"]) for site in sites if site["images"]]
     if len(told) > 1 and all(len(images) == len(class_names) for _, images, _ in told):
         sums = [sum(column) for column in zip(*(images for _, images, _ in told), strict=True)]
-        told.append(("All sites", sums, sum(sums)))
+        told.append(("All sites", sums, sum(total or 0 for _, _, total in told)))
     return told
 
 
 def _federated(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Accuracy of the global model at each site: the arms, and a row of figures for every site."""
+    """How the global model does at each site: the arms, and a row of figures for every site."""
     arms = {arm: found for arm, found in (summary.get("federated") or {}).items() if found}
     names = list(dict.fromkeys(name for found in arms.values() for name in found))
     rows = []
@@ -139,13 +143,13 @@ def _federated(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"arms": list(arms), "rows": rows}
 
 
-def _architectures(summary: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Balanced accuracy of every arm with other architectures, after the one that the headline figures are from."""
+def _architectures(summary: Mapping[str, Any], config: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """`metric` of every arm with other architectures, after the one that the headline figures are from."""
     others = summary.get("cross_architecture") or {}
     if not others:
         return {"arms": [], "rows": []}
     headline = str(config.get("eval_models") or "headline").split(",")[0].strip()
     rows = {headline: summary.get("arms") or {}} | {str(name): arms or {} for name, arms in others.items()}
     keys = dict.fromkeys(key for arms in rows.values() for key, _ in tables.arms_in_order(arms))
-    cells = {name: [(arms.get(key) or {}).get("balanced_accuracy") for key in keys] for name, arms in rows.items()}
+    cells = {name: [(arms.get(key) or {}).get(metric) for key in keys] for name, arms in rows.items()}
     return {"arms": list(keys), "rows": list(cells.items())}

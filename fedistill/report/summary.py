@@ -16,7 +16,7 @@ import torch
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import combined
 from fedistill.evaluation.arms import architectures
-from fedistill.evaluation.metrics import NAMES, from_confusion, mean_std
+from fedistill.evaluation.metrics import NAMES, from_counts, images_in, mean_std
 from fedistill.events import read_events
 from fedistill.files import read_json, write_bytes, write_json
 from fedistill.report.page import render_report
@@ -55,13 +55,14 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
     sites = [read_json(folder / "sites.json") for folder in folders]
     arms = [read_json(folder / "arms.json") for folder in folders if (folder / "arms.json").exists()]
     about = next(iter(sites[0].values()))
-    class_names = about["class_names"]
+    class_names, kind = about["class_names"], about["kind"]
     headline = architectures(config)[0]
     if arms:
-        by_model = {model: _arms([a[model] for a in arms], class_names) for model in arms[0]}
+        by_model = {model: _arms([a[model] for a in arms], class_names, kind) for model in arms[0]}
     else:  # a server without data knows only what the sites counted
-        by_model = {headline: _arms([{"distilled": _pooled(folder, headline)} for folder in folders], class_names)}
-    federated = _federated(folders, headline)
+        pooled = [{"distilled": _pooled(folder, headline, kind)} for folder in folders]
+        by_model = {headline: _arms(pooled, class_names, kind)}
+    federated = _federated(folders, headline, kind)
     events, _ = read_events(run / "events.jsonl")
     engine = read_json(run / "engine.json") if (run / "engine.json").exists() else {}
     names = sorted({name for seed in sites for name in seed})
@@ -75,11 +76,12 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         "command": command_of(config),
         "data": {
             "name": Path(config.data).stem,
+            "kind": kind,
             "modality": about["modality"],
             "class_names": class_names,
             "geometry": about["geometry"],
             "partition": config.partition,
-            "train": sum(sum(a["counts"]) for a in sites[0].values()),
+            "train": sum(a["train"] for a in sites[0].values()),
             "test": sum(a["images"] for a in federated.get("distilled", {}).values()) or None,
             "fingerprint": combined(a["fingerprint"] for a in sites[0].values()),
         },
@@ -107,13 +109,13 @@ def command_of(config: Config) -> str:
     return shlex.join(parts)
 
 
-def _arms(seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
+def _arms(seeds: Sequence[Json], class_names: Sequence[str], kind: str) -> Json:
     """Arm -> figures over seeds."""
     result = {}
     for arm in seeds[0]:
         runs = [seed[arm] for seed in seeds]
         figures: Json = {"std_over": "seeds" if len(runs) > 1 else "networks"}
-        for name in NAMES:
+        for name in NAMES[kind]:
             figures[name] = runs[0][name] if len(runs) == 1 else mean_std([r[name]["mean"] for r in runs])
         figures["per_class_recall"] = {
             name: runs[0]["per_class_recall"][c]
@@ -141,6 +143,7 @@ def _site(name: str, seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
         "name": name,
         "status": bad[0].get("status", "failed") if bad else "ok",
         "reason": bad[0].get("reason", "it gave no result") if bad else "",
+        "train": seeds[0]["train"],
         "images": seeds[0]["counts"],
         "phases": {phase: mean_std([s["seconds"].get(phase) for s in done])["mean"] for phase in phases},
         "upload_bytes": mean("upload_bytes"),
@@ -152,7 +155,7 @@ def _site(name: str, seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
     }
 
 
-def _federated(folders: Sequence[Path], headline: str) -> Json:
+def _federated(folders: Sequence[Path], headline: str, kind: str) -> Json:
     """How the global model does at each site, from the counts that the sites sent; they are summed over seeds."""
     totals: dict[str, torch.Tensor] = {}
     for folder in folders:
@@ -161,16 +164,17 @@ def _federated(folders: Sequence[Path], headline: str) -> Json:
                 counts = torch.tensor(answer[headline])
                 totals[site] = totals.get(site, torch.zeros_like(counts)) + counts
     figures: Mapping[str, Json] = {
-        site: from_confusion(counts) | {"images": int(counts.sum()) // len(folders)} for site, counts in totals.items()
+        site: from_counts(counts, kind) | {"images": images_in(counts) // len(folders)}
+        for site, counts in totals.items()
     }
     return {"distilled": figures} if figures else {}
 
 
-def _pooled(folder: Path, headline: str) -> Json:
+def _pooled(folder: Path, headline: str, kind: str) -> Json:
     """The distilled arm of one seed from the counts of all sites; there is no AUC and no deviation in counts."""
     answers, sites = read_json(folder / "federated.json"), read_json(folder / "sites.json").values()
-    figures = from_confusion(torch.tensor([answer[headline] for answer in answers.values()]).sum(0))
-    spread: Json = {name: {"mean": figures.get(name), "std": None} for name in NAMES}
+    figures = from_counts(torch.tensor([answer[headline] for answer in answers.values()]).sum(0), kind)
+    spread: Json = {name: {"mean": figures.get(name), "std": None} for name in NAMES[kind]}
     done = [s for s in sites if s.get("status") == "ok"]
     return spread | {
         "per_class_recall": [{"mean": recall, "std": None} for recall in figures["per_class_recall"]],

@@ -20,15 +20,54 @@ METRICS = {
     "accuracy": "Accuracy",
     "macro_f1": "Macro-F1",
     "auc": "AUC",
+    "map": "mAP",
+    "qwk": "QWK",
+    "mae": "MAE (grades)",
+}
+# What is shown of each kind of task; the first is the headline, on which arms are compared.
+SHOWN = {
+    "multiclass": ("balanced_accuracy", "accuracy", "macro_f1", "auc"),
+    "multilabel": ("auc", "map", "balanced_accuracy", "accuracy", "macro_f1"),
+    "ordinal": ("qwk", "mae", "balanced_accuracy", "accuracy", "macro_f1", "auc"),
 }
 EQUAL_BUDGET = ("distilled", "random_real")
 MISSING = "n/a"
 BEST = "★"
-BEST_MEANS = f"{BEST} higher balanced accuracy of the two arms with the same budget of images"
 
 
 def arm_name(arm: str) -> str:
     return ARM_NAMES.get(arm, plain(arm))
+
+
+def kind_of(summary: Mapping[str, Any]) -> str:
+    """The kind of task; that of one class per image where the summary does not say."""
+    kind = (summary.get("data") or {}).get("kind")
+    return kind if kind in SHOWN else "multiclass"
+
+
+def metrics_of(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Name and title of the figures that are shown, the headline first."""
+    return {name: METRICS[name] for name in SHOWN[kind_of(summary)]}
+
+
+def charted(summary: Mapping[str, Any]) -> list[str]:
+    """The first two figures on a scale from 0 to 1."""
+    return [name for name in metrics_of(summary) if name != "mae"][:2]
+
+
+def counted(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Name and title of the first two figures that counts of answers determine."""
+    return dict([(name, title) for name, title in metrics_of(summary).items() if name not in ("auc", "map")][:2])
+
+
+def spoken(metric: str) -> str:
+    """The title of a figure within a sentence."""
+    title = METRICS[metric]
+    return title if title.isupper() else title.lower()
+
+
+def best_means(summary: Mapping[str, Any]) -> str:
+    return f"{BEST} higher {spoken(charted(summary)[0])} of the two arms with the same budget of images"
 
 
 def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -38,10 +77,10 @@ def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
-    """One row per arm: the four metrics as mean ± deviation, images and upload."""
-    table = _table("Global model on the pooled test images", caption=f"{deviation(summary)} {BEST_MEANS}.")
+    """One row per arm: the metrics of the kind of task as mean ± deviation, images and upload."""
+    table = _table("Global model on the pooled test images", caption=f"{deviation(summary)} {best_means(summary)}.")
     table.add_column("Arm", overflow="fold")
-    for title in _ARM_COLUMNS:
+    for title in _arm_columns(summary):
         table.add_column(title, justify="right")
     for name, *cells in _arm_rows(summary):
         table.add_row(Text(name), *map(Text, cells))
@@ -50,9 +89,10 @@ def arms_table(summary: Mapping[str, Any]) -> Table:
 
 def arms_markdown(summary: Mapping[str, Any]) -> str:
     """The same rows as a GitHub table, with the meaning of ± below it."""
-    lines = [["Arm", *_ARM_COLUMNS], ["---"] + ["---:"] * len(_ARM_COLUMNS), *_arm_rows(summary)]
+    columns = _arm_columns(summary)
+    lines = [["Arm", *columns], ["---"] + ["---:"] * len(columns), *_arm_rows(summary)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{table}\n\n{deviation(summary)} {BEST_MEANS}.\n"
+    return f"{table}\n\n{deviation(summary)} {best_means(summary)}.\n"
 
 
 def _table(title: str, **more: Any) -> Table:
@@ -75,7 +115,7 @@ def sites_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(
             Text(plain(str(site.get("name", "")))),
             Text(plain(status) + reason, style="green" if status == "ok" else "bold red"),
-            number(sum(site["images"]) if site.get("images") else None),
+            number(site.get("train")),
             number(site.get("synthetic_images")),
             *(number((site.get("phases") or {}).get(p)) for p in phases),
             iterations(site),
@@ -90,32 +130,32 @@ def verdict(summary: Mapping[str, Any]) -> str:
 
     A difference within `sqrt(s₁² + s₂²)`, with `s` the standard deviations of the two arms, is called a draw.
     """
-    arms = summary.get("arms") or {}
-    rival = _compare(arms, "random_real")
+    arms, metric = summary.get("arms") or {}, charted(summary)[0]
+    rival = _compare(arms, "random_real", metric)
     if rival is None:
         return (
-            "There is no verdict: balanced accuracy is not known for both the distilled union and random real images."
+            f"There is no verdict: {spoken(metric)} is not known for both the distilled union and random real images."
         )
     difference, noise = rival
     points = f"{abs(difference):.1f} points"
     budget = _budget(arms)
     if noise is not None and abs(difference) <= noise:
         first = (
-            f"On balanced accuracy the distilled union and random real images {budget} cannot be told apart: "
+            f"On {spoken(metric)} the distilled union and random real images {budget} cannot be told apart: "
             f"the difference of {difference:+.1f} points is within one standard deviation ({noise:.1f} points)."
         )
     elif difference > 0:
-        first = f"On balanced accuracy the distilled union beats random real images {budget} by {points}."
+        first = f"On {spoken(metric)} the distilled union beats random real images {budget} by {points}."
     elif difference < 0:
         first = (
-            f"On balanced accuracy the distilled union loses to random real images {budget} by {points}: "
+            f"On {spoken(metric)} the distilled union loses to random real images {budget} by {points}: "
             "in this run distillation did not pay off."
         )
     else:
-        first = f"On balanced accuracy the distilled union is level with random real images {budget}."
+        first = f"On {spoken(metric)} the distilled union is level with random real images {budget}."
     others = [
-        _standing(arms, "centralised", "centralised training on all real images"),
-        _standing(arms, "local_only", "training at each site alone"),
+        _standing(arms, "centralised", "centralised training on all real images", metric),
+        _standing(arms, "local_only", "training at each site alone", metric),
     ]
     second = " and ".join(text for text in others if text)
     doubt = "" if noise is not None else " The spread of these figures is not known, so chance is not ruled out."
@@ -129,8 +169,8 @@ def deviation(summary: Mapping[str, Any]) -> str:
 
 
 def best_arm(summary: Mapping[str, Any]) -> str:
-    """The arm of equal budget with the higher balanced accuracy; "" for a tie or where one is unknown."""
-    compared = _compare(summary.get("arms") or {}, "random_real")
+    """The arm of equal budget with the higher headline figure; "" for a tie or where one is unknown."""
+    compared = _compare(summary.get("arms") or {}, "random_real", charted(summary)[0])
     if compared is None or compared[0] == 0:
         return ""
     return EQUAL_BUDGET[0] if compared[0] > 0 else EQUAL_BUDGET[1]
@@ -200,22 +240,23 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
-_ARM_COLUMNS = [*METRICS.values(), "Images", "Upload"]
+def _arm_columns(summary: Mapping[str, Any]) -> list[str]:
+    return [*metrics_of(summary).values(), "Images", "Upload"]
 
 
 def _arm_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
-    best = best_arm(summary)
+    best, metrics = best_arm(summary), metrics_of(summary)
     for key, arm in arms_in_order(summary.get("arms") or {}):
         name = arm_name(key) + (f" {BEST}" if key == best else "")
-        yield [name, *(score(arm.get(m)) for m in METRICS), number(arm.get("images")), size(arm.get("upload_bytes"))]
+        yield [name, *(score(arm.get(m)) for m in metrics), number(arm.get("images")), size(arm.get("upload_bytes"))]
 
 
-def _compare(arms: Mapping[str, Any], other: str) -> tuple[float, float | None] | None:
-    """Distilled minus `other` on balanced accuracy, and the combined deviation, in points (hundredths).
+def _compare(arms: Mapping[str, Any], other: str, metric: str) -> tuple[float, float | None] | None:
+    """Distilled minus `other` on `metric`, and the combined deviation, in points (hundredths).
 
     A deviation of exactly 0 comes from a single measurement, so it counts as unknown.
     """
-    ours, theirs = ((arms.get(k) or {}).get("balanced_accuracy") for k in ("distilled", other))
+    ours, theirs = ((arms.get(k) or {}).get(metric) for k in ("distilled", other))
     a, b = mean_of(ours), mean_of(theirs)
     if a is None or b is None:
         return None
@@ -232,8 +273,8 @@ def _budget(arms: Mapping[str, Any]) -> str:
     return f"({number(ours)} against {number(theirs)} images)"
 
 
-def _standing(arms: Mapping[str, Any], other: str, name: str) -> str:
-    compared = _compare(arms, other)
+def _standing(arms: Mapping[str, Any], other: str, name: str, metric: str) -> str:
+    compared = _compare(arms, other, metric)
     if compared is None:
         return ""
     difference, noise = compared

@@ -13,10 +13,14 @@ def task_of(data: Dataset) -> Task:
 
 
 def describe(data: Dataset, site: str) -> dict[str, Any]:
-    """Public facts about the task, and the site's training images per class. Counts leave the site: a policy may forbid it."""
+    """Public facts about the task, and the site's training images, in all and per class.
+
+    Counts leave the site: a policy may forbid it.
+    """
     return {
         "site": site,
         "class_names": list(data.class_names),
+        "train": len(data.train),
         "counts": data.train.counts(data.classes),
         "geometry": list(data.geometry),
         "modality": data.modality,

@@ -18,6 +18,11 @@ def check_settings(config: Config, task: Task) -> None:
     device_of(config.device)
     check_segment(config)
     task.operations(config)
+    if task.kind == "multilabel" and config.budget != "equal":
+        raise FedistillError(
+            "not-for-task",
+            f"budget={config.budget} is by class, but here an image may have several findings: use equal.",
+        )
     for name in (*architectures_of(config), *architectures(config)):
         task.network(name, config)
 

@@ -34,6 +34,7 @@ from fedistill.methods.registry import Method, method_of
 from fedistill.models.flat import device_of
 from fedistill.models.loss import targets_of
 from fedistill.site.describe import task_of
+from fedistill.site.feasible import check_budget
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import quantise
@@ -86,6 +87,8 @@ def advance(
     folders, method = _Folders.of(config, data, site, work, run), method_of(config)
     if (folders.release(round) / "manifest.json").exists():
         return Progress(**_tupled(read_json(folders.progress(round))))
+    if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
+        check_budget(config, data)
     began, until = time.monotonic(), time.monotonic() + seconds
     spent = {phase: read_json(file) for phase in PHASES if (file := folders.seconds(phase)).exists()}
     if not folders.facts.exists():
@@ -225,6 +228,7 @@ def _as_set(config: Config, data: Dataset, site: str, matching: Matching, state:
         modality=data.modality,
         step_size=(float(state.step_size[0]),),
         manifest={site: about},
+        kind=data.kind,
     )
 
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
+from fedistill.matching.problem import budget_of
 from fedistill.synthetic.set import SyntheticSet
 
 LARGEST = 100.0  # in units of the public standard deviation; distilled pixels stay far below
 
 
-def check_set(candidate: SyntheticSet, *, site: str, task: Task, ipc: int, counts: list[int]) -> None:
+def most_images(task: Task, *, ipc: int, counts: Sequence[int], policy: str) -> int:
+    """The most synthetic images that a site with `counts` real images per class may send."""
+    return ipc * task.classes if task.kind == "multilabel" else sum(budget_of(counts, ipc, policy))
+
+
+def check_set(
+    candidate: SyntheticSet, *, site: str, task: Task, ipc: int, counts: Sequence[int], policy: str = "equal"
+) -> None:
     """Raise `FedistillError` ("refused-set") unless `candidate` is what site `site` was asked for.
 
     counts: the images per class that the site declared; an image counts for the most likely class of its label.
+    policy: the setting `budget`. Images with several findings have no budget per class, only one in all.
     """
 
     def refuse(why: str) -> FedistillError:
@@ -25,8 +36,10 @@ def check_set(candidate: SyntheticSet, *, site: str, task: Task, ipc: int, count
         raise refuse(f"it says that it comes from {', '.join(map(repr, candidate.sites))}")
     if candidate.class_names != task.class_names:
         raise refuse(f"its classes are {', '.join(candidate.class_names)}, not {', '.join(task.class_names)}")
+    if candidate.kind != task.kind:
+        raise refuse(f"it is made for a {candidate.kind} task, and this one is {task.kind}")
     if candidate.geometry != task.geometry:
-        raise refuse(f"its images are {candidate.geometry}, not {task.geometry} (channels, height, width)")
+        raise refuse(f"its images are {candidate.geometry}, not {task.geometry} (channels, pixels along each axis)")
     if candidate.modality != task.modality or (candidate.mean, candidate.std) != NORMALISATION[task.modality]:
         raise refuse("its images are normalised with other constants")
     if not torch.isfinite(candidate.images).all() or candidate.images.abs().max() > LARGEST:
@@ -34,11 +47,18 @@ def check_set(candidate: SyntheticSet, *, site: str, task: Task, ipc: int, count
     labels = candidate.labels
     if labels.shape != (len(candidate), task.classes) or not torch.isfinite(labels).all():
         raise refuse("its labels are not one finite distribution per image")
-    if (labels < 0).any() or ((labels.sum(1) - 1).abs() > 0.01).any():
-        raise refuse("a label is not a distribution over the classes")
-    made = torch.bincount(candidate.hard_labels, minlength=task.classes).tolist()
-    for name, m, n in zip(task.class_names, made, counts, strict=True):
-        if m > min(ipc, n):
-            raise refuse(f"it has {m} images of class {name}, and its budget is {min(ipc, n)}")
+    if task.kind == "multilabel":
+        if (labels < 0).any() or (labels > 1).any():
+            raise refuse("a label has a probability that is not between 0 and 1")
+        most = most_images(task, ipc=ipc, counts=counts, policy=policy)
+        if len(candidate) > most:
+            raise refuse(f"it has {len(candidate)} images, and its budget is {most}")
+    else:
+        if (labels < 0).any() or ((labels.sum(1) - 1).abs() > 0.01).any():
+            raise refuse("a label is not a distribution over the classes")
+        made = torch.bincount(candidate.hard_labels, minlength=task.classes).tolist()
+        for name, m, most in zip(task.class_names, made, budget_of(counts, ipc, policy), strict=True):
+            if m > most:
+                raise refuse(f"it has {m} images of class {name}, and its budget is {most}")
     if not all(0 < s <= 1 for s in candidate.step_size):
         raise refuse("its step size is not between 0 and 1")

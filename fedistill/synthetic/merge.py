@@ -13,15 +13,15 @@ from fedistill.synthetic.set import SyntheticSet
 def merge(sets: Sequence[SyntheticSet]) -> SyntheticSet:
     """Concatenate sets of different sites in the order of the sites' names, so that the order of arrival does not matter.
 
-    Raises `FedistillError` ("unlike-sets") naming the sites that disagree on classes, geometry or normalisation, and on two
-    sets that claim the same site.
+    Raises `FedistillError` ("unlike-sets") naming the sites that disagree on classes, kind of task, geometry or
+    normalisation, and on two sets that claim the same site.
     """
     if not sets:
         raise FedistillError("no-sets", "There is no synthetic set to merge.")
     ordered = sorted(sets, key=lambda s: s.sites)
     first = ordered[0]
     for other in ordered[1:]:
-        for what in ("class_names", "geometry", "modality", "mean", "std"):
+        for what in ("class_names", "kind", "geometry", "modality", "mean", "std"):
             if getattr(first, what) != getattr(other, what):
                 raise FedistillError(
                     "unlike-sets",
@@ -43,4 +43,5 @@ def merge(sets: Sequence[SyntheticSet]) -> SyntheticSet:
         modality=first.modality,
         step_size=tuple(a for s in ordered for a in s.step_size),
         manifest={name: about for s in ordered for name, about in s.manifest.items()},
+        kind=first.kind,
     )

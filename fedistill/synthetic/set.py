@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from fedistill.models.loss import groups_of
+
 
 @dataclass(frozen=True)
 class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
     """`m` synthetic images of one task, from one site or from several.
 
-    images: `(m, C, H, W)` float32, normalised with the public constants `mean` and `std` (pixel = image * std + mean,
-        with pixels in 0..1; values outside are allowed, since a distilled image is not a photograph).
-    labels: `(m, K)` float32, a distribution per image (one-hot where labels are hard).
+    images: `(m, C, H, W)` or volumes `(m, C, D, H, W)` float32, normalised with the public constants `mean` and `std`
+        (pixel = image * std + mean, with pixels in 0..1; values outside are allowed, since a distilled image is not a photograph).
+    labels: `(m, K)` float32, a distribution per image (one-hot where labels are hard); for multilabel a probability per
+        finding (0 or 1 where labels are hard).
     site: `(m,)` int64, the position in `sites` of the site that made the image.
     step_size: the learned step size of each site, in the order of `sites`.
     manifest: method, configuration hash, versions and privacy statement of each site (JSON-compatible).
+    kind: of the task, one of `models.loss.KINDS`.
     """
 
     images: Tensor
@@ -33,27 +37,33 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
     modality: str
     step_size: tuple[float, ...]
     manifest: dict[str, Any]
+    kind: str = "multiclass"
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """(image `(C, H, W)`, label distribution `(K,)`)."""
+        """(image `(C, H, W)`, its label `(K,)`)."""
         return self.images[index], self.labels[index]
 
     @property
     def hard_labels(self) -> Tensor:
-        """`(m,)` int64: the most likely class of each image."""
+        """`(m,)` int64: the most likely class, or finding, of each image."""
         return self.labels.argmax(1)
 
     @property
-    def geometry(self) -> tuple[int, int, int]:
-        c, h, w = self.images.shape[1:]
-        return int(c), int(h), int(w)
+    def groups(self) -> Tensor:
+        """`(m,)` int64: as `hard_labels`, but K for an image without any finding."""
+        return groups_of(self.labels, self.kind)
+
+    @property
+    def geometry(self) -> tuple[int, ...]:
+        """(channels, height, width), or (channels, depth, height, width) of volumes."""
+        return tuple(self.images.shape[1:])
 
     @property
     def pixels(self) -> Tensor:
-        """`(m, C, H, W)` float32 in 0..1, for people to look at."""
+        """The images as float32 in 0..1, for people to look at."""
         return (self.images * self.std + self.mean).clamp(0, 1)
 
     def of_site(self, name: str) -> Tensor:

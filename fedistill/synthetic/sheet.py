@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fedistill.errors import FedistillError
+from fedistill.synthetic.set import SyntheticSet
 
 PER_ROW = 10  # tiles beside each other before a class goes on in the next line
 GAP = 4  # pixels between tiles
@@ -17,18 +18,28 @@ FONT_SIZE = 13
 NAME_WIDTH = 150  # pixels; longer class names are cut with an ellipsis
 
 
+def sheet_of(made: SyntheticSet, scale: int = 2) -> Image.Image:
+    """The contact sheet of a set; images of several findings stand by the most likely, those without any have a band."""
+    names = [*made.class_names, "no finding"] if made.kind == "multilabel" else made.class_names
+    return contact_sheet(made.pixels, made.groups, names, scale)
+
+
 def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], scale: int = 2) -> Image.Image:
     """The images as tiles on white, one band per class with its name at the left.
 
-    images: `(m, C, H, W)` with pixels in 0..1 (clamped), `C` 1 (grey) or 3 (RGB). labels: `(m,)` class indices.
+    images: `(m, C, H, W)` with pixels in 0..1 (clamped), `C` 1 (grey) or 3 (RGB); of volumes `(m, C, D, H, W)` the middle
+    slice is shown. labels: `(m,)` class indices.
     scale: whole-number magnification without smoothing, so that the pixels of small images can be seen.
 
     Returns an RGB image. A class without images keeps its band, with the word "none".
     Raises `FedistillError` on other shapes, or on a label without a name.
     """
+    if images.dim() == 5:
+        images = images[:, :, images.shape[2] // 2]
     if images.dim() != 4 or images.shape[1] not in (1, 3) or labels.shape != images.shape[:1]:
         raise FedistillError(
-            "bad-shape", f"A contact sheet needs images (m, 1 or 3, H, W) and labels (m,), not {tuple(images.shape)}."
+            "bad-shape",
+            f"A contact sheet needs images (m, 1 or 3, [D,] H, W) and labels (m,), not {tuple(images.shape)}.",
         )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
         raise FedistillError("bad-label", f"A label is outside the {len(class_names)} classes.")

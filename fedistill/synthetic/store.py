@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from fedistill.errors import FedistillError
 from fedistill.files import write_bytes, write_tensors
 from fedistill.synthetic.set import SyntheticSet
-from fedistill.synthetic.sheet import contact_sheet
+from fedistill.synthetic.sheet import sheet_of
 from fedistill.wire import decode, encode
 
 
@@ -25,7 +25,7 @@ def save_set(synthetic: SyntheticSet, folder: Path) -> None:
     temporary.mkdir(parents=True)
     write_tensors(temporary / "set.safetensors", {name: torch.from_numpy(a) for name, a in arrays.items()})
     write_bytes(temporary / "manifest.json", text.encode())
-    contact_sheet(synthetic.pixels, synthetic.hard_labels, synthetic.class_names).save(temporary / "contact-sheet.png")
+    sheet_of(synthetic).save(temporary / "contact-sheet.png")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 

@@ -22,13 +22,12 @@ from fedistill.matching.problem import (
     budget_of,
     cover,
     draw_like,
-    groups_of,
     horizon,
     membership,
     prepare,
 )
 from fedistill.methods.registry import method_of
-from fedistill.models.loss import targets_of
+from fedistill.models.loss import groups_of, targets_of
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 
