@@ -66,7 +66,7 @@ def calibrate(matching: Matching, state: State) -> None:
     config = matching.config
     alpha = config.segment * config.checkpoint_every * config.expert_lr / config.syn_steps
     state.log_step.fill_(math.log(alpha))
-    for _ in range(6):
+    for _ in range(16):
         losses = [
             run_student(matching, state, make_plan(matching, state, generator(config.seed, "calibrate", n))).loss
             for n in range(3)
