@@ -29,8 +29,9 @@ from fedistill.wire import quantise
 
 def settings(**more: object) -> Config:
     tiny = {
-        "method": "ptm", "experts": 2, "expert_steps": 40, "checkpoint_every": 5, "expert_batch": 8, "expert_lr": 0.05, "width": 4, "workers": 1,
-        "ipc": 2, "iterations": 12, "syn_steps": 3, "segment": 2, "image_lr": 5.0, "skip_above": 1000.0,
+        "method": "ptm", "experts": 2, "expert_steps": 40, "checkpoint_every": 5, "expert_batch": 8, "expert_lr": 0.05,
+        "width": 4, "workers": 1, "ipc": 2, "iterations": 12, "syn_steps": 3, "segment": 2, "image_lr": 5.0,
+        "skip_above": 1000.0,
     }  # fmt: skip
     return make_config(tiny | more).resolved()
 
