@@ -29,8 +29,8 @@ def tiny(**more: Any) -> Config:
     settings = {
         "partition": "iid", "sites": SITES, "phantom_images": 60, "phantom_classes": 3, "phantom_size": 16, "width": 4, "depth": 2,
         "experts": 1, "expert_steps": 40, "expert_batch": 8, "ipc": 2, "segment": 2, "iterations": 3, "syn_steps": 2,
-        "method": "mtt", "eval_nets": 1, "eval_steps": 4, "eval_batch": 8, "eval_models": "mlp", "slice_seconds": 60.0, "deadline": 60.0,
-        "skip_above": 1000.0,
+        "method": "mtt", "eval_nets": 1, "eval_steps": 4, "eval_batch": 8, "eval_models": "mlp", "slice_seconds": 60.0,
+        "deadline": 60.0, "skip_above": 1000.0,
     }  # fmt: skip
     return make_config(settings | more).resolved()
 
