@@ -108,7 +108,7 @@ def several(n, findings=3):
     """Findings `(n, K)`: some images with none, some with more than one, every finding in some image."""
     labels = np.zeros((n, findings), np.int64)
     for i in range(n):
-        labels[i, [i % findings, i * 7 % findings][: i % 3]] = 1
+        labels[i, [i % findings, (i + 1) % findings][: i // findings % 3]] = 1
     return labels
 
 
