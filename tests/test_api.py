@@ -31,6 +31,29 @@ def test_five_lines_distil_tensors() -> None:
     assert isinstance(synthetic, fedistill.SyntheticSet)
 
 
+def test_several_findings_grades_and_volumes() -> None:
+    x, y = images(48)
+    findings = torch.stack([y, (torch.arange(48) % 3 == 0).long()], 1)
+    several = fedistill.distill(x, findings, ipc=2, class_names=["mass", "nodule"], **TINY)
+    assert (several.kind, several.labels.shape) == ("multilabel", (4, 2))
+    assert set(several.labels.flatten().tolist()) <= {0.0, 1.0}
+    graded = fedistill.distill(x, torch.arange(48) % 3, ipc=1, task="ordinal", **TINY)
+    assert graded.kind == "ordinal"
+    assert graded.hard_labels.tolist() == [0, 1, 2]
+    assert graded.labels[0, 0] > graded.labels[0, 1] > graded.labels[0, 2] > 0
+    volumes = fedistill.distill(x[:, :, None].expand(-1, -1, 8, -1, -1), y, ipc=1, **TINY)
+    assert volumes.geometry == (1, 8, 16, 16)
+    assert volumes[0][0].shape == (1, 8, 16, 16)
+
+
+def test_learned_labels_of_findings_are_probabilities() -> None:
+    x, y = images(48)
+    findings = torch.stack([y, 1 - y, (torch.arange(48) % 3 == 0).long()], 1)
+    made = fedistill.distill(x, findings, ipc=2, method="datm", **TINY)
+    assert 0 < made.labels.min() < made.labels.max() < 1
+    assert (made.labels.sum(1) - 1).abs().max() > 0.1
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
     x, y = images()
     one, two, other = (fedistill.distill(x, y, ipc=1, seed=seed, **TINY) for seed in (3, 3, 4))
@@ -54,11 +77,35 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
         (lambda x, y: (x[..., :8], y), "square"),
         (lambda x, y: (x.numpy(), y), "torch.from_numpy"),
         (lambda x, y: (x, y * 2), "No image has label 1"),
+        (lambda x, y: (x, torch.stack([y, 2 * y], 1)), "0 or 1 for each of 2 findings"),
+        (lambda x, y: (x, torch.stack([y, 0 * y], 1)), "No image shows 'finding 1'"),
+        (lambda x, y: (x, y[:, None]), "whole numbers, or 0 or 1"),
+        (lambda x, y: (x[:3], torch.stack([y, 1 - y], 1)[:3]), "has only 3 training images"),
+        (lambda x, y: (x[:, :, None].expand(-1, -1, 4, -1, -1)[..., :8], y), "square"),
+        (lambda x, y: (x[:, :, None].expand(-1, -1, 4, -1, -1), y), "depth=3 halves images of 4 pixels"),
     ],
 )
 def test_bad_tensors_are_one_sentence(spoil, sentence: str) -> None:
     with pytest.raises(FedistillError, match=sentence):
         fedistill.distill(*spoil(*images()), ipc=2, **TINY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"task": "multilabel"}, "task=multilabel needs 0 or 1 for every finding"),
+        ({"task": "several"}, "Unknown value of task 'several'"),
+    ],
+)
+def test_a_task_that_the_labels_do_not_fit(settings, sentence: str) -> None:
+    with pytest.raises(FedistillError, match=sentence):
+        fedistill.distill(*images(), ipc=2, **TINY, **settings)
+
+
+def test_budgets_by_class_are_not_for_several_findings() -> None:
+    x, y = images()
+    with pytest.raises(FedistillError, match="budget=sqrt is by class"):
+        fedistill.distill(x, torch.stack([y, 1 - y], 1), ipc=2, budget="sqrt", **TINY)
 
 
 def test_the_caller_keeps_its_threads() -> None:

@@ -13,17 +13,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedistill.errors import FedistillError
+from fedistill.models.loss import KINDS, answers_of, targets_of
 from fedistill.synthetic.set import SyntheticSet, one_hot
 from fedistill.wire import MAX_TEXT, Arrays, decode, encode, quantise, size
 
 
-def make_set(m: int = 6, classes: int = 3, *, soft: bool = False, seed: int = 0, scale: float = 1.0) -> SyntheticSet:
+def make_set(
+    m: int = 6,
+    classes: int = 3,
+    *,
+    soft: bool = False,
+    seed: int = 0,
+    scale: float = 1.0,
+    kind: str = "multiclass",
+    size: tuple[int, ...] = (5, 4),
+) -> SyntheticSet:
     rng = torch.Generator().manual_seed(seed)
-    labels = one_hot(torch.randint(classes, (m,), generator=rng), classes)
+    labels = targets_of(torch.randint(classes, (m,), generator=rng), classes, kind)
+    if kind == "multilabel":
+        labels = torch.randint(2, (m, classes), generator=rng).float()
     if soft:
-        labels = torch.softmax(torch.randn(m, classes, generator=rng), 1)
+        labels = answers_of(kind, torch.randn(m, classes, generator=rng))
     return SyntheticSet(
-        images=torch.randn(m, 1, 5, 4, generator=rng) * scale,
+        images=torch.randn(m, 1, *size, generator=rng) * scale,
         labels=labels,
         site=torch.arange(m) % 2,
         sites=("north", "south"),
@@ -33,6 +45,7 @@ def make_set(m: int = 6, classes: int = 3, *, soft: bool = False, seed: int = 0,
         modality="xray",
         step_size=(0.01, 1 / 3),
         manifest={"method": "datm", "list": [1, 2.5, None, {"ä": True}]},
+        kind=kind,
     )
 
 
@@ -85,6 +98,51 @@ def test_copies_of_copies_are_equal(seed: int, soft: bool, scale: float) -> None
     assert_equal(quantise(once), once)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 5),
+    st.integers(2, 5),
+    st.booleans(),
+    st.sampled_from(KINDS),
+    st.sampled_from([(5, 4), (3, 5, 4)]),
+)
+def test_every_kind_and_volumes_survive(
+    seed: int, m: int, classes: int, soft: bool, kind: str, size: tuple[int, ...]
+) -> None:
+    original = make_set(m, classes, soft=soft, seed=seed, kind=kind, size=size)
+    arrays, text = encode(original)
+    once = decode(arrays, text, geometry=(1, *size))
+    assert (once.kind, once.geometry) == (kind, (1, *size))
+    assert torch.allclose(once.labels, original.labels, atol=1e-3)
+    assert torch.equal(once.hard_labels, original.hard_labels) or soft
+    assert (once.images - original.images).abs().max() < (original.images.max() - original.images.min()) / 255
+    assert_equal(quantise(once), once)
+    if kind == "multilabel":
+        assert arrays["labels"].dtype == np.float16
+        assert soft or torch.equal(once.labels, original.labels)
+
+
+def test_labels_that_do_not_fit_the_kind_are_refused() -> None:
+    findings, classes = make_set(kind="multilabel"), make_set()
+    many = dataclasses.replace(findings, labels=torch.ones(6, 3))
+    assert torch.equal(quantise(many).labels, many.labels)
+    with pytest.raises(FedistillError, match="not a distribution"):
+        quantise(dataclasses.replace(many, kind="multiclass"))
+    for bad in (1.01, -0.01):
+        with pytest.raises(FedistillError, match="not between 0 and 1"):
+            quantise(dataclasses.replace(findings, labels=findings.labels * 0 + bad))
+    with pytest.raises(FedistillError, match="neither class indices"):
+        decode(encode(classes)[0], encode(findings)[1])
+
+
+def test_a_set_of_an_older_format_is_refused() -> None:
+    arrays, text = encode(make_set())
+    old = {k: v for k, v in json.loads(text).items() if k != "kind"} | {"format": "fedistill-set/1"}
+    with pytest.raises(FedistillError, match="must run the same version of fedistill"):
+        decode(arrays, json.dumps(old))
+
+
 def test_sharp_distributions_become_hard_for_good() -> None:
     labels = torch.tensor([[1 - 1e-9, 1e-9, -0.0]] * 6)
     once = quantise(dataclasses.replace(make_set(), labels=labels))
@@ -118,8 +176,8 @@ def _edit(**changes: Any) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "null", "{", "[" * 100_000, '{"format": "fedistill-set/1"}', "1" * 10_000,
-        _edit(format="fedistill-set/2"), _edit(extra=1),
+        "", "[]", "null", "{", "[" * 100_000, '{"format": "fedistill-set/2"}', "1" * 10_000,
+        _edit(format="fedistill-set/3"), _edit(kind="other"), _edit(kind=None), _edit(kind="multilabel"), _edit(extra=1),
         _edit(mean="0"), _edit(mean=True), _edit(std=0), _edit(std=-1), _edit(step_size=[0.1]),
         _edit(step_size=[0.1, "a"]), _edit(sites=["a", "a"]), _edit(sites=["a"]), _edit(sites=[1, 2]), _edit(sites=[]),
         _edit(class_names=["a"]), _edit(manifest=[]), _edit(modality=None), _edit(mean=10**40),
@@ -161,7 +219,7 @@ def test_bad_arrays(arrays: Arrays) -> None:
 @given(st.data())
 def test_mutations_decode_or_are_refused(data: st.DataObject) -> None:
     """Whatever changes on the way: a set comes out, or a `FedistillError`, and never another exception."""
-    arrays, text = encode(make_set(soft=data.draw(st.booleans())))
+    arrays, text = encode(make_set(soft=data.draw(st.booleans()), kind=data.draw(st.sampled_from(KINDS))))
     if data.draw(st.booleans()):
         start = data.draw(st.integers(0, len(text)))
         text = text[:start] + data.draw(st.text(max_size=3)) + text[start + data.draw(st.integers(0, 5)) :]

@@ -193,6 +193,6 @@ def load_subset(config: Config, name: str, train_images: int) -> Dataset:
     if not 0 < train_images < n:
         return data
     shuffled = torch.randperm(n, generator=generator(0, "train-images", name))
-    by_class = shuffled[data.train.labels[shuffled].argsort(stable=True)]
+    by_class = shuffled[data.train.groups[shuffled].argsort(stable=True)]
     evenly = torch.arange(train_images) * n // train_images  # every class in proportion
     return dataclasses.replace(data, train=data.train.take(by_class[evenly].sort().values))

@@ -216,3 +216,48 @@ def test_missing_file_and_differing_number_of_sites(tmp_path):
         partition(make([6, 6]), Config(partition=str(tmp_path / "no.json")))
     with pytest.raises(FedistillError, match=r"sites=3, but .* has 1 sites"):
         partition(make([6, 6]), Config(partition=write(tmp_path, {"a": [0]}), sites=3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(["iid", "dirichlet", "quantity"]),
+    n=st.integers(30, 120),
+    findings=st.integers(2, 5),
+    sites=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_images_with_several_findings_are_divided_whole(kind, n, findings, sites, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(count):
+        labels = (torch.rand(count, findings, generator=generator) < 0.3).long()
+        return Split(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), labels, torch.arange(count) % 2)
+
+    names = tuple(map(str, range(findings)))
+    data = Dataset("toy", "generic", names, ("a", "b"), split(n), split(n // 2), split(n // 2), "multilabel")
+    try:
+        parts = partition(data, Config(partition=kind, sites=sites, alpha=1.0, seed=seed))
+    except FedistillError as error:
+        if error.code != "empty-site":
+            raise
+        return
+    check_complete(data, parts)
+    held = [parts.at(data, place) for place in range(len(parts))]
+    assert {site.kind for site in held} == {"multilabel"}
+    total = torch.tensor([site.train.counts(findings) for site in held]).sum(0).tolist()
+    assert total == data.train.counts(findings)
+    if kind == "iid":  # the same mix of first findings everywhere
+        shares = torch.stack([torch.bincount(site.train.groups, minlength=findings + 1) for site in held])
+        assert (shares.amax(0) - shares.amin(0)).max() <= 2
+    by_site = partition(data, Config(partition="site"))
+    assert by_site.names == ("a", "b")
+
+
+def test_explicit_indices_of_several_findings(tmp_path):
+    labels = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]]).repeat(3, 1)
+    split = Split(torch.zeros(12, 1, 2, 2, dtype=torch.uint8), labels, torch.zeros(12, dtype=torch.int64))
+    data = Dataset("toy", "generic", ("a", "b"), ("all",), split, split, split, "multilabel")
+    (tmp_path / "p.json").write_text(json.dumps({"north": [0, 1, 2], "south": [3, 5]}))
+    parts = partition(data, Config(partition=str(tmp_path / "p.json")))
+    assert parts.at(data, 1).train.labels.tolist() == [[0, 0], [0, 1]]
+    check_complete(data, parts, ("val", "test"))

@@ -72,6 +72,48 @@ def test_public_phantoms_are_balanced_floats():
     assert torch.bincount(labels).tolist() == [10] * 5
 
 
+def test_phantoms_with_several_lesions():
+    config = Config(phantom_images=400, task="multilabel", seed=1)
+    data = phantom_data(config)
+    assert (data.kind, data.class_names, data.geometry) == ("multilabel", CLASSES[:4], (1, 28, 28))
+    assert data.fingerprint == phantom_data(config).fingerprint
+    shown = torch.bincount(data.train.labels.sum(1))
+    assert len(shown) == 4  # 0 to 3
+    assert shown.min() > 30
+    assert 80 < min(data.train.counts(4)) <= max(data.train.counts(4)) < 200
+    two = phantom_data(Config(phantom_images=100, phantom_classes=2, task="multilabel"))
+    assert two.train.labels.sum(1).max() == 2
+
+
+def test_every_lesion_leaves_its_mark():
+    """Images with more lesions depart further from tissue: the labels are what was drawn."""
+    data = phantom_data(Config(phantom_images=600, task="multilabel"))
+    middle = data.train.images[:, 0, 7:21, 7:21].float()
+    spread = middle.flatten(1).std(1)
+    by_count = [spread[data.train.labels.sum(1) == k].mean() for k in range(4)]
+    assert by_count == sorted(by_count)
+
+
+def test_grades_are_sizes():
+    data = phantom_data(Config(phantom_images=400, phantom_classes=5, task="ordinal"))
+    assert (data.kind, data.class_names[4], data.train.labels.shape) == ("ordinal", "grade 4", (400,))
+    middle = data.train.images[:, 0, 7:21, 7:21].float()
+    away = (middle - middle.median(2, keepdim=True).values.median(1, keepdim=True).values).abs().flatten(1).mean(1)
+    by_grade = [away[data.train.labels == k].mean() for k in range(5)]
+    assert by_grade == sorted(by_grade)
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "ordinal"])
+def test_volumes(task):
+    config = Config(phantom_images=40, phantom_depth=12, phantom_size=16, phantom_channels=3, task=task)
+    data = phantom_data(config)
+    assert data.geometry == (3, 12, 16, 16)
+    assert data.fingerprint == phantom_data(config).fingerprint
+    slices = data.train.images.float().mean((0, 1, 3, 4))
+    assert slices[5] > slices[0] + 20  # the body ends within the volume
+    assert data.train.images.float().flatten(1).std(1).min() > 8
+
+
 def test_no_phantoms_give_an_empty_batch():
     images, labels = phantom_images(0, 1, 28, torch.Generator(), 2)
     assert images.shape == (0, 1, 28, 28)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from fedistill.config import Config
-from fedistill.data.medmnist_source import MEDMNIST, UNSUPPORTED
-from fedistill.data.sources import load_data
+from fedistill.data.medmnist_source import MEDMNIST
+from fedistill.data.sources import load_data, resize
 from fedistill.errors import FedistillError
 
 RNG = np.random.default_rng(0)
@@ -104,13 +104,88 @@ def test_groups_stay_together_when_splits_are_cut(tmp_path):
     assert [len(split) for split in data.splits.values()] == pytest.approx([140, 20, 40], abs=8)
 
 
+def several(n, findings=3):
+    """Findings `(n, K)`: some images with none, some with more than one, every finding in some image."""
+    labels = np.zeros((n, findings), np.int64)
+    for i in range(n):
+        labels[i, [i % findings, (i + 1) % findings][: i // findings % 3]] = 1
+    return labels
+
+
+def findings(n=20, count=3):
+    return {f"{key}_labels": several(m, count) for key, m in (("train", n), ("val", n // 2), ("test", n // 2))}
+
+
+def test_npz_with_several_findings(tmp_path):
+    content = arrays(60, **findings(60))
+    data = load(npz(tmp_path, content))
+    assert (data.kind, data.class_names) == ("multilabel", ("finding 0", "finding 1", "finding 2"))
+    assert np.array_equal(data.train.labels.numpy(), content["train_labels"])
+    assert data.train.counts(3) == content["train_labels"].sum(0).tolist()
+    first = [(row.tolist().index(1) if row.any() else 3) for row in content["train_labels"]]
+    assert data.train.groups.tolist() == first
+    assert load(npz(tmp_path, content | {"class_names": np.array(["a", "b", "c"])})).class_names == ("a", "b", "c")
+    fails(npz(tmp_path, content | {"class_names": np.array(["a", "b"])}), "3 columns, but class_names has 2")
+    nobody = content | {"train_labels": content["train_labels"] * [1, 0, 1]}
+    fails(npz(tmp_path, nobody), "no training image of the class 'finding 1'")
+
+
+def test_missing_splits_of_several_findings_are_cut_by_the_first(tmp_path):
+    none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
+    data = load(npz(tmp_path, arrays(200, train_labels=several(200), **none)))
+    assert [len(split) for split in data.splits.values()] == pytest.approx([140, 20, 40], abs=3)
+    whole = np.bincount(torch.cat([split.groups for split in data.splits.values()]), minlength=4)
+    assert np.abs(np.bincount(data.train.groups, minlength=4) - 0.7 * whole).max() <= 2
+
+
+def test_task_override(tmp_path):
+    grades, chest = npz(tmp_path, arrays()), npz(tmp_path, arrays(60, **findings(60)), "chest.npz")
+    assert [load(grades, task=task).kind for task in ("auto", "multiclass", "ordinal")] == [
+        "multiclass",
+        "multiclass",
+        "ordinal",
+    ]
+    assert load(grades).fingerprint != load(grades, task="ordinal").fingerprint
+    assert load(chest, task="multilabel").kind == "multilabel"
+    assert fails(grades, "toy has one label per image", task="multilabel").code == "task-unfit"
+    fails(chest, "task=ordinal needs one label per image, but chest has several", task="ordinal")
+    fails(chest, "task=multiclass needs one label", task="multiclass")
+
+
+def test_npz_volumes(tmp_path):
+    content = arrays(shape=(6, 8, 8))
+    data = load(npz(tmp_path, content))
+    assert data.geometry == (1, 6, 8, 8)
+    assert np.array_equal(data.train.images[:, 0].numpy(), content["train_images"])
+    colour = arrays(shape=(6, 8, 8, 3))
+    data = load(npz(tmp_path, colour))
+    assert data.geometry == (3, 6, 8, 8)
+    assert np.array_equal(data.train.images.movedim(1, -1).numpy(), colour["train_images"])
+    assert load(npz(tmp_path, content), image_size=5).geometry == (1, 5, 5, 5)
+    fails(npz(tmp_path, arrays(shape=(6, 8, 10))), "10x8 pixels: set image_size")
+
+
+def test_resizing_a_volume_is_resizing_along_every_axis():
+    ramp = (torch.arange(12.0)[:, None, None] * 20).expand(1, 1, 12, 8, 8).to(torch.uint8)
+    small = resize(ramp, 4)
+    assert small.shape == (1, 1, 4, 4, 4)
+    assert (small - small[..., :1, :1]).abs().max() == 0  # along the depth alone
+    deep = small[0, 0, :, 0, 0].float()
+    assert torch.allclose(deep, torch.tensor([20.0, 80, 140, 200]), atol=5)
+    turned = resize(ramp.transpose(2, 4), 4).transpose(2, 4)
+    assert (turned.float() - small.float()).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
         ({"train_images": None}, "'train_images' is missing"),
         ({"test_labels": None}, "'test_labels' is missing"),
         ({"train_images": np.zeros((20, 8, 8), np.uint16)}, "must be uint8, or floats from 0 to 1, not uint16"),
-        ({"train_images": np.zeros((20, 8), np.uint8)}, r"shape \(n, H, W\) or \(n, H, W, 3\), not \(20, 8\)"),
+        ({"train_images": np.zeros((20, 8), np.uint8)}, r"shape \(n, H, W\) or \(n, H, W, 3\), .*not \(20, 8\)"),
+        ({"train_images": np.zeros((20, 8, 8, 4), np.uint8)}, r"not \(20, 8, 8, 4\)"),
+        ({"train_images": np.zeros((20, 3, 8, 8, 8), np.uint8)}, "channels come last"),
+        ({"train_images": np.zeros((20, 8, 8, 8), np.uint8)}, "different shapes"),
         ({"train_images": np.zeros((20, 3, 8, 8), np.uint8)}, "channels come last"),
         ({"train_images": np.zeros((20, 0, 8), np.uint8)}, "without pixels"),
         ({"val_images": np.zeros((0, 8, 8), np.uint8), "val_labels": np.zeros(0, int)}, "val split of toy is empty"),
@@ -118,7 +193,11 @@ def test_groups_stay_together_when_splits_are_cut(tmp_path):
         ({"train_images": np.full((20, 8, 8), np.nan)}, "NaN or infinite"),
         ({"train_images": np.full((20, 8, 8), 255.0)}, "floats from 255 to 255: scale them"),
         ({"train_labels": np.zeros((19, 1), np.uint8)}, "has 19 entries for 20 images"),
-        ({"train_labels": np.zeros((20, 14), np.uint8)}, "14 columns: multi-label"),
+        ({"train_labels": np.zeros((20, 14), np.uint8)}, "some splits have several columns"),
+        ({"train_labels": np.full((20, 3), 2)}, "3 columns, which must hold 0 or 1"),
+        ({"train_labels": np.full((20, 3), 0.5)}, "3 columns, which must hold 0 or 1"),
+        ({"train_labels": np.zeros((19, 3), int)}, "has 19 entries for 20 images"),
+        ({"train_labels": np.zeros((20, 2, 2), int)}, r"shape \(n, 1\) or \(n,\), not \(20, 2, 2\)"),
         ({"train_labels": np.arange(20) - 1}, "negative value -1"),
         ({"train_labels": np.arange(20) / 2}, "must be integers from 0, not float64"),
         ({"train_labels": np.array([None] * 20)}, "never unpickled"),
@@ -176,8 +255,6 @@ def test_unreadable_npz(tmp_path):
         ("~nobody-here/a.csv", "no file or folder"),
         ("no/such.npz", "no file or folder"),
         ("absent.csv", "no file or folder"),
-        ("chestmnist", "not supported yet: it has several labels"),
-        ("organmnist3d", "not supported yet: its images are volumes"),
     ],
 )
 def test_unknown_sources(source, text):
@@ -246,9 +323,27 @@ def test_medmnist_without_file_and_internet(tmp_path, monkeypatch):
 def test_medmnist_table_agrees_with_the_package():
     from medmnist.info import INFO
 
-    assert set(MEDMNIST) | set(UNSUPPORTED) == set(INFO)
+    assert set(MEDMNIST) == set(INFO)
+    kinds = {"multi-label, binary-class": "multilabel", "ordinal-regression": "ordinal"}
     for flag, about in MEDMNIST.items():
         assert about.class_names == tuple(INFO[flag]["label"].values())
+        assert about.kind == kinds.get(INFO[flag]["task"], "multiclass")
+
+
+def test_medmnist_kinds_and_volumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDMNIST_ROOT", str(tmp_path))
+    findings = {f"{key}_labels": several(n, 14) for key, n in (("train", 60), ("val", 30), ("test", 30))}
+    npz(tmp_path, arrays(60, **findings), "chestmnist.npz")
+    npz(tmp_path, arrays(60, (8, 8, 3), 5), "retinamnist.npz")
+    npz(tmp_path, arrays(60, (28, 28, 28), 11), "organmnist3d.npz")
+    npz(tmp_path, arrays(60, (64, 64, 64), 2), "vesselmnist3d_64.npz")
+    chest, retina, organs = load("chestmnist"), load("retinamnist"), load("organmnist3d")
+    assert (chest.kind, chest.modality, chest.classes) == ("multilabel", "xray", 14)
+    assert (retina.kind, load("retinamnist", task="multiclass").kind) == ("ordinal", "multiclass")
+    assert load(tmp_path / "retinamnist.npz").kind == "ordinal"
+    assert (organs.geometry, organs.kind, organs.modality) == ((1, 28, 28, 28), "multiclass", "ct")
+    assert load("vesselmnist3d", image_size=64).geometry == (1, 64, 64, 64)
+    assert load("organmnist3d", image_size=16).geometry == (1, 16, 16, 16)
 
 
 # --- image folders ----------------------------------------------------------------------------------------------------
@@ -421,6 +516,22 @@ def test_manifest_keeps_patients_together(tmp_path):
     # Pictures of cats have shades 0..39 and of dogs 20..59: the shades from 40 on are dogs alone.
     for patient in range(5, 10):
         assert len(set.union(*(home[20 + i] for i in range(4 * patient, 4 * patient + 4) if 20 + i >= 40))) == 1
+
+
+def test_manifest_with_several_findings(tmp_path):
+    folder(tmp_path, n=40)
+    cells = ("mass; nodule", "", "nodule", "mass;", "nodule;mass;nodule")
+    rows = [(f"{name}/{i}.png", cells[i % 5]) for name in ("cat", "dog") for i in range(40)]
+    path = manifest(tmp_path, rows)
+    data = load(path, task="multilabel")
+    assert (data.kind, data.class_names) == ("multilabel", ("mass", "nodule"))
+    held = torch.cat([split.labels for split in data.splits.values()])
+    rows_held = [tuple(row) for row in held.tolist()]
+    assert {row: rows_held.count(row) for row in set(rows_held)} == {(1, 1): 32, (0, 0): 16, (0, 1): 16, (1, 0): 16}
+    fails(path, "line 2 has ';' in its label: set task=multilabel")
+    fails(path, "line 3 has an empty label", task="multiclass")
+    lonely = manifest(tmp_path, [(f"cat/{i}.png", "mass") for i in range(40)])
+    fails(lonely, "names 1 findings: task=multilabel needs at least two", task="multilabel")
 
 
 @pytest.mark.parametrize(

@@ -255,9 +255,17 @@ def test_unexpected_errors_stay_at_the_site(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_sites_that_differ_are_named() -> None:
-    about = {"class_names": ["a", "b"], "geometry": [1, 8, 8], "modality": "xray", "counts": [1, 0]}
+    about = {
+        "class_names": ["a", "b"],
+        "kind": "multiclass",
+        "geometry": [1, 8, 8],
+        "modality": "xray",
+        "counts": [1, 0],
+    }
     with pytest.raises(FedistillError, match="Site 'west' differs in modality: ct and not xray"):
         stages.agree({"north": about, "south": about, "west": about | {"modality": "ct"}})
+    with pytest.raises(FedistillError, match="Site 'west' differs in kind: ordinal and not multiclass"):
+        stages.agree({"north": about, "south": about, "west": about | {"kind": "ordinal"}})
     with pytest.raises(FedistillError, match="No site has a training image of class b"):
         stages.agree({"north": about})
     assert stages.agree({"n": about, "s": about | {"counts": [0, 1]}}).geometry == (1, 8, 8)

@@ -6,6 +6,7 @@ import torch
 from fedistill.errors import FedistillError
 from fedistill.models.augment import OPERATIONS, Draw, augment, draw, parse_operations
 from fedistill.models.flat import Flat, device_of
+from fedistill.models.loss import groups_of
 from fedistill.models.nets import MODELS, build
 from fedistill.seeding import generator
 
@@ -27,6 +28,26 @@ def test_deeper_networks_for_larger_images(size: int, depth: int) -> None:
         1,
         4 * (size >> depth) ** 2,
     )
+
+
+@pytest.mark.parametrize("name", ["convnet", "mlp"])
+@pytest.mark.parametrize("geometry", [(1, 12, 16, 16), (3, 9, 9, 9)])
+def test_networks_of_volumes(name: str, geometry: tuple[int, ...]) -> None:
+    net = Flat(build(name, geometry, 5, width=4, depth=2))
+    theta = net.initial(generator(0)).requires_grad_(True)
+    x = torch.randn((2, *geometry), generator=generator(1)).requires_grad_(True)
+    assert net(theta, x).shape == (2, 5)
+    (g,) = torch.autograd.grad(net(theta, x).square().sum(), theta, create_graph=True)
+    (d_x,) = torch.autograd.grad(g.square().sum(), x)  # matching differentiates twice
+    assert torch.isfinite(d_x).all()
+    assert d_x.abs().max() > 0
+
+
+def test_networks_that_do_not_fit_volumes() -> None:
+    with pytest.raises(FedistillError, match="resnet18 takes images and no volumes"):
+        build("resnet18", (1, 28, 28, 28), 2)
+    with pytest.raises(FedistillError, match="depth=3 halves images of 6 pixels to nothing"):
+        build("convnet", (1, 6, 28, 28), 2, depth=3)
 
 
 def test_unknown_model() -> None:
@@ -74,6 +95,39 @@ def test_augmentations_are_siamese_differentiable_and_keep_the_shape(name: str, 
         for i in range(2):  # the same parameters for every image of the batch
             assert torch.allclose(y[i : i + 1], augment(x[i : i + 1], op))
         assert torch.autograd.gradcheck(lambda t, op=op: augment(t, op), (x,))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_augmentations_of_volumes(name: str) -> None:
+    x = torch.randn((2, 1, 4, 6, 6), generator=generator(0), dtype=torch.float64).requires_grad_(True)
+    for u in ((0.1, 0.9), (0.7, 0.4)):
+        op = Draw(name, u if name != "none" else ())
+        y = augment(x, op)
+        assert y.shape == x.shape
+        assert torch.allclose(y[1:], augment(x[1:], op))
+        assert torch.autograd.gradcheck(lambda t, op=op: augment(t, op), (x,))
+
+
+@pytest.mark.parametrize("name", ["flip", "vflip", "rot90", "rotate", "brightness"])
+def test_what_turns_a_slice_turns_every_slice_of_a_volume_alike(name: str) -> None:
+    slices = torch.randn((1, 1, 3, 6, 6), generator=generator(0))
+    whole = augment(slices, Draw(name, (0.3, 0.6)))
+    for k in range(3):
+        assert torch.allclose(whole[:, :, k], augment(slices[:, :, k], Draw(name, (0.3, 0.6))), atol=1e-5)
+
+
+def test_crop_and_cutout_reach_the_depth() -> None:
+    ramp = torch.arange(8.0)[:, None, None].expand(1, 1, 8, 8, 8) + 1
+    assert float(augment(ramp, Draw("cutout", (0.0, 0.0)))[0, 0, :4, :4, :4].abs().sum()) == 0
+    assert int((augment(ramp, Draw("cutout", (0.4, 0.9))) == 0).sum()) == 4**3
+    moved = augment(ramp, Draw("crop", (0.5, 0.2)))[0, 0, :, 4, 4]  # a third of 0.7: one slice further
+    assert moved.tolist() == [2, 3, 4, 5, 6, 7, 8, 8]
+
+
+def test_groups() -> None:
+    labels = torch.tensor([[0.2, 0.9, 0.8], [0.1, 0.4, 0.2], [1, 0, 1]])
+    assert groups_of(labels, "multilabel").tolist() == [1, 3, 0]
+    assert groups_of(labels, "ordinal").tolist() == [1, 1, 0]
 
 
 def test_draws_follow_the_generator_and_the_whitelist() -> None:

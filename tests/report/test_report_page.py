@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedistill.report.page import render_report
-from fedistill.report.tables import score
+from fedistill.report.tables import METRICS, score
 from fedistill.synthetic.set import SyntheticSet, one_hot
 
 CLASSES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil")
@@ -38,6 +38,7 @@ def make_summary() -> dict[str, Any]:
             "name": name,
             "status": "ok",
             "reason": "",
+            "train": sum(images),
             "images": images,
             "phases": {"experts": 12.3, "distill": 140.1},
             "upload_bytes": 117000,
@@ -251,6 +252,29 @@ def test_null_and_missing_figures_are_shown_as_unknown() -> None:
     assert "n/a" in text
     assert "There is no verdict" in text
     assert "nan" not in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("kind", "figures", "words"),
+    [
+        (
+            "multilabel",
+            ("auc", "map"),
+            ("On AUC the distilled union", "any number of findings", "Recall of each finding"),
+        ),
+        ("ordinal", ("qwk", "mae"), ("On QWK the distilled union", "one grade per image", "Recall of each class")),
+    ],
+)
+def test_figures_of_the_kind_of_task_come_first(kind: str, figures: tuple[str, ...], words: tuple[str, ...]) -> None:
+    summary = make_summary()
+    summary["data"] |= {"kind": kind, "geometry": [1, 12, 28, 28]}
+    for k, arm_ in enumerate(summary["arms"].values()):
+        arm_ |= {name: {"mean": 0.4321 - 0.01 * k, "std": 0.012} for name in figures}
+    page = render(summary)
+    text = parse(page).text
+    assert all(word in text for word in (*words, ".432 ± .012", "channels × depth × height × width"))
+    titles = [METRICS[name] for name in figures]
+    assert page.index(f">{titles[0]}</th>") < page.index(f">{titles[1]}</th>") < page.index(">Balanced accuracy</th>")
 
 
 def test_empty_summary_still_renders() -> None:

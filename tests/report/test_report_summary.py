@@ -30,7 +30,10 @@ def figures(value: float) -> dict[str, Any]:
 
 
 def site(**more: Any) -> dict[str, Any]:
-    about = {"class_names": ["a", "b"], "counts": [5, 3], "geometry": [1, 8, 8], "modality": "xray", "fingerprint": "f"}
+    about = {
+        "class_names": ["a", "b"], "kind": "multiclass", "counts": [5, 3], "train": 8, "geometry": [1, 8, 8], "modality": "xray",
+        "fingerprint": "f",
+    }  # fmt: skip
     work = {
         "seconds": {"experts": 1.0, "distill": 3.0},
         "iterations": 10,
@@ -72,6 +75,33 @@ def test_figures_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> No
     assert north["phases"] == {"experts": 1.0, "distill": 3.0}
     assert (south["status"], south["iterations"]) == ("late", 20)
     assert summary["notes"] == ["Site south answered late and is not in every merged set: no answer within 5 s"]
+
+
+def test_findings_of_sites_are_told_by_images_and_not_by_findings(tmp_path: Path) -> None:
+    config = make_run(tmp_path, 1)
+    folder, kind = tmp_path / "seed-0", {"kind": "multilabel", "counts": [5, 7], "train": 9}
+    write_json(folder / "sites.json", {"north": site(**kind)})
+    write_json(
+        folder / "arms.json",
+        {m: {"distilled": figures(0.6) | {"map": {"mean": 0.4, "std": 0.1}}} for m in ("convnet", "mlp")},
+    )
+    write_json(folder / "federated.json", {"north": {"convnet": [[[3, 1], [0, 4]], [[2, 2], [2, 2]]]}})
+    summary = summarise(config, tmp_path, [folder])
+    assert (summary["data"]["kind"], summary["data"]["train"], summary["data"]["test"]) == ("multilabel", 9, 8)
+    assert (summary["sites"][0]["train"], summary["sites"][0]["images"]) == (9, [5, 7])
+    assert summary["arms"]["distilled"]["map"]["mean"] == 0.4
+    assert summary["federated"]["distilled"]["north"]["accuracy"] == (7 / 8 + 4 / 8) / 2
+
+
+def test_a_server_without_data_knows_what_counts_tell_of_grades(tmp_path: Path) -> None:
+    config = make_run(tmp_path, 1)
+    folder = tmp_path / "seed-0"
+    write_json(folder / "sites.json", {"north": site(kind="ordinal")})
+    (folder / "arms.json").unlink()
+    arm = summarise(config, tmp_path, [folder])["arms"]["distilled"]
+    assert arm["mae"]["mean"] == 1 / 8
+    assert arm["qwk"]["mean"] == pytest.approx(0.75)  # 1 observed and 4 expected by chance
+    assert arm["auc"] == {"mean": None, "std": None}
 
 
 def test_with_one_seed_the_deviation_is_over_networks(tmp_path: Path) -> None:

@@ -80,6 +80,30 @@ def test_verdict(distilled: Pair, random_real: Pair, said: str) -> None:
     assert said in verdict(make(distilled, random_real))
 
 
+@pytest.mark.parametrize(
+    ("kind", "headline", "columns"),
+    [
+        ("multilabel", "AUC", "| Arm | AUC | mAP | Balanced accuracy | Accuracy | Macro-F1 | Images | Upload |"),
+        (
+            "ordinal",
+            "QWK",
+            "| Arm | QWK | MAE (grades) | Balanced accuracy | Accuracy | Macro-F1 | AUC | Images | Upload |",
+        ),
+    ],
+)
+def test_each_kind_has_its_figures_and_its_headline(kind: str, headline: str, columns: str) -> None:
+    summary = make((0.5, 0.02), (0.6, 0.02)) | {"data": {"kind": kind}}  # the distilled union loses on the old figures
+    for arm, value in (("distilled", 0.8), ("random_real", 0.6)):
+        summary["arms"][arm] |= {name: {"mean": value, "std": 0.01} for name in ("auc", "map", "qwk", "mae")}
+    assert arms_markdown(summary).startswith(columns + "\n")
+    assert f"higher {headline} of the two arms" in arms_markdown(summary)
+    assert "Distilled union ★" in arms_markdown(summary)
+    assert f"On {headline} the distilled union beats random real images of the same budget by 20.0 points" in verdict(
+        summary
+    )
+    assert headline in shown(arms_table(summary))
+
+
 def test_verdict_combines_the_deviations() -> None:
     # .05 lies above each deviation but within sqrt(.04² + .04²) = .057
     assert "cannot be told apart" in verdict(make((0.65, 0.04), (0.60, 0.04)))
@@ -101,7 +125,14 @@ def test_nothing_known_is_no_error(summary: dict[str, Any]) -> None:
 
 
 def test_sites_table_shows_failures_and_hides_control_codes() -> None:
-    site = {"name": "[red]x\x1b[31m", "status": "failed", "reason": "Out of memory.", "images": [3, 4], "phases": {}}
+    site = {
+        "name": "[red]x\x1b[31m",
+        "status": "failed",
+        "reason": "Out of memory.",
+        "train": 7,
+        "images": [3, 4],
+        "phases": {},
+    }
     text = shown(sites_table({"sites": [site]}))
     assert "failed: Out of memory." in text
     assert "[red]x" in text

@@ -15,9 +15,10 @@ from fedistill import load_set
 from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
-from fedistill.synthetic.check import check_set
+from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet, one_hot
+from fedistill.synthetic.sheet import sheet_of
 from fedistill.synthetic.store import save_set
 from fedistill.wire import quantise
 
@@ -100,6 +101,58 @@ def test_the_server_refuses(what: str) -> None:
         check(spoil(make()))
     assert caught.value.code == "refused-set"
     assert "'north'" in caught.value.sentence
+
+
+def test_the_budget_of_a_class_follows_the_policy() -> None:
+    more = replace(make(ipc=3), labels=one_hot([0, 0, 0, 0, 0, 1], 2))  # 5 and 1
+    with pytest.raises(FedistillError, match="5 images of class benign, and its budget is 3"):
+        check_set(more, site="north", task=TASK, ipc=3, counts=[50, 10])
+    check_set(more, site="north", task=TASK, ipc=3, counts=[50, 10], policy="proportional")
+    assert most_images(TASK, ipc=3, counts=[50, 10], policy="proportional") == 6
+    assert most_images(TASK, ipc=3, counts=[50, 1], policy="equal") == 4
+    with pytest.raises(FedistillError, match="5 images of class benign, and its budget is 4"):
+        check_set(more, site="north", task=TASK, ipc=3, counts=[50, 25], policy="proportional")
+
+
+FINDINGS = Task((1, 8, 8), ("benign", "malign"), "xray", "multilabel")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda s: replace(s, kind="multiclass"), "made for a multiclass task, and this one is multilabel"),
+        (lambda s: replace(s, labels=s.labels * 1.5), "not between 0 and 1"),
+        (lambda s: replace(s, labels=s.labels - 0.5), "not between 0 and 1"),
+        (lambda s: replace(make(ipc=3), kind="multilabel"), "6 images, and its budget is 4"),
+        (lambda s: replace(s, labels=s.labels[:, :1]), "finite distribution"),
+    ],
+)
+def test_sets_of_several_findings_are_checked(spoil, sentence: str) -> None:
+    good = replace(make(), kind="multilabel", labels=torch.tensor([[1.0, 1], [0, 0], [0.3, 0.9], [1, 0]]))
+    check_set(good, site="north", task=FINDINGS, ipc=2, counts=[3, 3])
+    with pytest.raises(FedistillError, match=sentence):
+        check_set(spoil(good), site="north", task=FINDINGS, ipc=2, counts=[3, 3])
+
+
+def test_sets_of_another_kind_are_not_merged_with_it() -> None:
+    with pytest.raises(FedistillError, match="cannot be merged: kind is multiclass and ordinal"):
+        merge([make("north"), replace(make("south"), kind="ordinal")])
+    assert merge([replace(make(s), kind="multilabel") for s in ("north", "south")]).kind == "multilabel"
+
+
+def test_volumes_of_several_findings_are_stored_with_their_middle_slices(tmp_path: Path) -> None:
+    labels = torch.tensor([[1.0, 1], [0, 0], [0.3, 0.9], [1, 0]])
+    volumes = torch.zeros(4, 1, 6, 8, 8)
+    volumes[:, :, 3] = 2.0  # the middle slice alone is white
+    made = replace(make(), images=volumes, labels=labels, kind="multilabel")
+    assert made.groups.tolist() == [0, 2, 1, 0]
+    assert made.hard_labels.tolist() == [0, 0, 1, 0]
+    save_set(quantise(made), tmp_path / "set")
+    assert load_set(tmp_path / "set").geometry == (1, 6, 8, 8)
+    sheet = sheet_of(made)
+    plain = sheet_of(replace(made, images=volumes[:, :, 3]))
+    assert sheet.tobytes() == plain.tobytes()
+    assert sheet.height > sheet_of(replace(made, kind="multiclass", labels=one_hot([0, 0, 1, 0], 2))).height
 
 
 def test_the_server_refuses_a_class_that_the_site_does_not_have() -> None:
