@@ -58,6 +58,10 @@ SCANNERS = (
 _SITE_SHARES = (0.4, 0.35, 0.25)
 _CHUNK = 256  # images drawn at a time: bounds the memory
 _MOST = 3  # lesions in one image
+_WIDER, _LONGER = (
+    1.2,
+    2.0,
+)  # lesions in volumes, of which they would fill too small a share to be learned: across, in depth
 
 
 def phantom_data(config: Config) -> Dataset:
@@ -199,13 +203,13 @@ def _draw_chunk(
     marked, lesion = torch.zeros_like(radius), torch.zeros_like(radius)
     for place in places:
         reach, angle = between(*place.reach), between(*place.angle)
-        unit = between(*place.unit)
+        unit = between(*place.unit) * (_WIDER if depth else 1)
         turn = between(0, 2 * torch.pi)
         stretch = between(0.85, 1.18)
         u, v = _turned(x - reach * torch.cos(angle), y - reach * torch.sin(angle), turn)
         u, v = u / unit * stretch, v / unit / stretch
         if depth:
-            w = (z - between(-0.3, 0.3)) / unit
+            w = (z - between(-0.3, 0.3)) / (_LONGER * unit)
             taper = (1 - w.square()).clamp_min(0.05).sqrt()
             shape = _lesions(u / taper, v / taper, place.shape, pixel / unit, generator) * (w.abs() < 1)
         else:
