@@ -189,7 +189,7 @@ def test_a_server_without_data_lets_the_sites_choose_and_judge(tmp_path: Path) -
 def test_deployed_sites_keep_their_work_on_their_own_disks(tmp_path: Path) -> None:
     run(tmp_path / "run", nodes=deployed(tmp_path, ["north", "south"]), sites=2, server_data="none")
     assert load_set(tmp_path / "run/seed-0/merged").sites == ("north", "south")
-    assert list((tmp_path / "disk-0").rglob("facts.json"))
+    assert list((tmp_path / "disk-0").rglob("facts-*.json"))
     assert not (tmp_path / "run/work").exists()
 
 
