@@ -64,3 +64,8 @@ def method_of(config: Config) -> Method:
         mask=chosen.mask if config.mask == "auto" else config.mask,
         overlap=chosen.overlap if config.overlap == "auto" else config.overlap == "on",
     )
+
+
+def recommended_method(ipc: int) -> str:
+    """The method to take at a budget of `ipc` images per class: one for all budgets, until a benchmark says otherwise."""
+    return Config().method
