@@ -186,7 +186,7 @@ def test_probe_then_fit_then_probe(fedistill, tmp_path: Path, monkeypatch: pytes
     for i, name in enumerate("abc"):
         rows.append(f"{name},whole,0,0,convnet,ok,300,0.9")
         rows += [
-            f"{name},{m},{n},0,convnet,ok,{2 * n},0.{5 + i}{s}" for n in (1, 9) for m, s in (("random", 1), ("ptm", 9))
+            f"{name},{m},{n},0,convnet,ok,{2 * n},0.{5 + i}{s}" for n in (1, 9) for m, s in (("random", 1), ("cf", 9))
         ]
     (tmp_path / "results.csv").write_text("\n".join(rows))
     code, out, err = fedistill("probe", "--fit", tmp_path / "results.csv")
