@@ -1,4 +1,4 @@
-"""The command line: `fedistill simulate | distill | evaluate | bench | methods | options`."""
+"""The command line: `fedistill simulate | probe | distill | evaluate | bench | methods | options`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ screen = Console(stderr=True)  # progress and tables for people; stdout is for -
 Data = Annotated[
     str | None, typer.Option(help="phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest")
 ]
+Partition = Annotated[str | None, typer.Option(help="site, iid, dirichlet, quantity or a .json file of indices.")]
 Ipc = Annotated[int | None, typer.Option(help="Synthetic images per class and site.")]
 Preset = Annotated[str | None, typer.Option(help="Amount of work: quick, standard or thorough.")]
 Method = Annotated[str | None, typer.Option(help="Distillation method; `fedistill methods` lists them.")]
@@ -52,9 +53,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 @app.command()
 def simulate(
     data: Data = None,
-    partition: Annotated[
-        str | None, typer.Option(help="site, iid, dirichlet, quantity or a .json file of indices.")
-    ] = None,
+    partition: Partition = None,
     alpha: Annotated[float | None, typer.Option(help="Concentration of dirichlet and quantity.")] = None,
     sites: Annotated[int | None, typer.Option(help="Number of sites.")] = None,
     ipc: Ipc = None,
@@ -84,6 +83,70 @@ def simulate(
     screen.print(sites_table(summary), arms_table(summary), sep="\n")
     screen.print(verdict(summary), highlight=False)
     screen.print(f"Report: {Path(config.out).resolve() / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def probe(
+    data: Data = None,
+    budgets: Annotated[
+        str | None, typer.Option("--ipc", help="Budgets to compare, for example 1,5,10; default 1,2,5,10,20,50.")
+    ] = None,
+    partition: Partition = None,
+    seed: Seed = None,
+    settings: Sets = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="CSV", help="Instead: fit the predictor to a benchmark's results, and store it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say in a minute what distillation can be expected to reach, from random real images and a fitted predictor."""
+    if fit is not None:
+        if any(option is not None for option in (data, budgets, partition, seed)) or settings:
+            raise FedistillError("fit-alone", "--fit takes no other option than --json.")
+        _fit(Path(fit), as_json)
+        return
+    from fedistill.data.sources import load_data
+    from fedistill.evaluation.probe import IPCS
+    from fedistill.evaluation.probe import probe as measure
+    from fedistill.report.probe import budgets_table, conclusion, sites_table
+
+    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS})
+    ipcs = IPCS if budgets is None else _budgets(budgets)
+    loaded = load_data(config)
+    with screen.status("Training small networks") as status:
+        found = measure(
+            config, loaded, ipcs, on_progress=lambda done, total: status.update(f"Network {done} of {total}")
+        )
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    screen.print(budgets_table(found))
+    if found.sites:
+        screen.print(sites_table(found))
+    screen.print(conclusion(found), highlight=False, markup=False)
+
+
+def _budgets(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise FedistillError(
+            "bad-value", f"ipc={text} is no list of whole numbers: write for example 1,5,10."
+        ) from None
+
+
+def _fit(path: Path, as_json: bool) -> None:
+    from fedistill.evaluation.predictor import fit_predictor, read_cells, save_predictor
+    from fedistill.report.probe import errors_table, trust
+
+    predictor = fit_predictor(read_cells(path), path)
+    stored = save_predictor(predictor)
+    if as_json:
+        print(stored.read_text(), end="")
+        return
+    screen.print(errors_table(predictor))
+    screen.print(trust(predictor), f"Stored in {stored}.", sep="\n", highlight=False, markup=False)
 
 
 @app.command()

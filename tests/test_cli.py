@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedistill import cli, load_set
+from fedistill.evaluation import predictor
 
 TINY = ["--experts", "2", "--width", "4", "--iterations", "4", "--ipc", "2", "--preset", "quick"] + [
     part
@@ -64,6 +65,13 @@ def fedistill(monkeypatch, capsys):
         (["simulate", "--data", "phantom", "--ipc", "500"], "ipc=500 asks for 2000 synthetic images"),
         (["simulate", "--set", "segment=500"], "segment=500 needs more checkpoints"),
         (["evaluate", "nowhere"], "holds no synthetic set"),
+        (["probe", "--ipc", "1,two"], "ipc=1,two is no list of whole numbers"),
+        (["probe", "--ipc", "0"], "ipc=0 is no list of budgets"),
+        (["probe", "--ipc", "500"], "ipc=500 asks for more images than phantom has: use ipc=225 or less"),
+        (["probe", "--set", "eval_models=convnt"], "did you mean 'convnet'"),
+        (["probe", "--partition", "dirichlt"], "did you mean 'dirichlet'"),
+        (["probe", "--fit", "nowhere.csv"], "there is no such file"),
+        (["probe", "--fit", "results.csv", "--ipc", "1"], "--fit takes no other option"),
         (["simulat"], "No such command 'simulat'"),
     ],
 )
@@ -150,6 +158,48 @@ def test_distill_takes_an_npz_file(fedistill, tmp_path: Path) -> None:
     code, _, err = fedistill("distill", "--data", tmp_path / "scans.npz", "--out", tmp_path / "set", *TINY)
     assert code == 0, err
     assert load_set(tmp_path / "set").sites == ("scans",)
+
+
+PROBE = ["--data", "phantom", "--ipc", "1,5"] + [
+    part
+    for pair in ("phantom_images=90", "phantom_size=16", "phantom_classes=3", "width=4", "eval_steps=3", "eval_nets=2", "workers=1")
+    for part in ("--set", pair)
+]  # fmt: skip
+
+
+def test_probe_then_fit_then_probe(fedistill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "PATH", tmp_path / "predictor.json")
+    code, out, err = fedistill("probe", *PROBE)
+    assert (code, out) == (0, "")
+    assert "No predictor has been fitted yet" in err
+    assert "Recommended" not in err
+    assert "Random real images, scored on 22 validation images" in err
+    assert "north" in err
+    code, out, _ = fedistill("probe", *PROBE, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["format"] == "fedistill-probe/1"
+    assert [b["ipc"] for b in found["budgets"]] == [1, 5]
+    assert found["predictor"] is found["recommended_ipc"] is None
+
+    rows = ["data,method,ipc,seed,model,status,images,balanced_accuracy"]
+    for i, name in enumerate("abc"):
+        rows.append(f"{name},whole,0,0,convnet,ok,300,0.9")
+        rows += [
+            f"{name},{m},{n},0,convnet,ok,{2 * n},0.{5 + i}{s}" for n in (1, 9) for m, s in (("random", 1), ("ptm", 9))
+        ]
+    (tmp_path / "results.csv").write_text("\n".join(rows))
+    code, out, err = fedistill("probe", "--fit", tmp_path / "results.csv")
+    assert (code, out) == (0, "")
+    assert "mean gain ★" in err
+    assert "gain +8.0 points over random real images (results.csv: 6 cells of 3 data sets" in err
+    code, out, _ = fedistill("probe", "--fit", tmp_path / "results.csv", "--json")
+    assert json.loads(out) == json.loads((tmp_path / "predictor.json").read_text())
+
+    code, _, err = fedistill("probe", *PROBE)
+    assert code == 0
+    assert "★ Recommended: --ipc" in err
+    assert "Took" in err
 
 
 def test_lists(fedistill) -> None:

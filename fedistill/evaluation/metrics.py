@@ -8,7 +8,9 @@ Counts of true against predicted labels add up over sites, so all but the areas 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
+POINTS = 0.02  # scores closer than this are the same to a user
 NAMES = {
     "multiclass": ("accuracy", "balanced_accuracy", "macro_f1", "auc"),
     "ordinal": ("accuracy", "balanced_accuracy", "macro_f1", "auc", "qwk", "mae"),
@@ -142,3 +145,26 @@ def mean_std(values: list[float | None]) -> dict[str, float | None]:
     if not there:
         return {"mean": None, "std": None}
     return {"mean": float(np.mean(there)), "std": float(np.std(there, ddof=1)) if len(there) > 1 else None}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation of `n >= 2` repetitions."""
+
+    mean: float
+    std: float
+    n: int
+
+    @property
+    def error(self) -> float:
+        """Standard error of the mean."""
+        return self.std / math.sqrt(self.n)
+
+
+def spread_of(values: list[float]) -> Spread:
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)), len(values))
+
+
+def noise(one: Spread, other: Spread) -> float:
+    """A difference of two means up to this is none: two points, or its standard error if that is larger."""
+    return max(POINTS, math.hypot(one.error, other.error))

@@ -78,7 +78,7 @@ def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
     """One row per arm: the metrics of the kind of task as mean ± deviation, images and upload."""
-    table = _table("Global model on the pooled test images", caption=f"{deviation(summary)} {best_means(summary)}.")
+    table = bare_table("Global model on the pooled test images", caption=f"{deviation(summary)} {best_means(summary)}.")
     table.add_column("Arm", overflow="fold")
     for title in _arm_columns(summary):
         table.add_column(title, justify="right")
@@ -95,14 +95,14 @@ def arms_markdown(summary: Mapping[str, Any]) -> str:
     return f"{table}\n\n{deviation(summary)} {best_means(summary)}.\n"
 
 
-def _table(title: str, **more: Any) -> Table:
+def bare_table(title: str, **more: Any) -> Table:
     """Without lines, so that a terminal of 80 columns is wide enough."""
     return Table(title=title, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0), **more)
 
 
 def sites_table(summary: Mapping[str, Any]) -> Table:
     """One row per site: how it ended, its images, seconds per phase and upload."""
-    table = _table("Sites")
+    table = bare_table("Sites")
     table.add_column("Site", overflow="fold")
     table.add_column("Status", overflow="fold")
     phases = sorted({str(p) for site in summary.get("sites") or [] for p in site.get("phases") or {}}, reverse=True)
