@@ -41,9 +41,17 @@ def test_several_findings_grades_and_volumes() -> None:
     assert graded.kind == "ordinal"
     assert graded.hard_labels.tolist() == [0, 1, 2]
     assert graded.labels[0, 0] > graded.labels[0, 1] > graded.labels[0, 2] > 0
-    volumes = fedistill.distill(x[:, :, None].expand(-1, -1, 8, -1, -1), y, ipc=1, **TINY)
+    volumes = fedistill.distill(x[:, :, None].expand(-1, -1, 8, -1, -1), y, ipc=1, method="mtt", **TINY)
     assert volumes.geometry == (1, 8, 16, 16)
     assert volumes[0][0].shape == (1, 8, 16, 16)
+
+
+@pytest.mark.parametrize("method", ["random", "k-centre", "herding"])
+def test_no_image_of_several_findings_is_selected_twice(method: str) -> None:
+    x, y = images(48)
+    findings = torch.stack([y, (torch.arange(48) % 3 == 0).long(), (torch.arange(48) % 4 == 1).long()], 1)
+    made = fedistill.distill(x, findings, ipc=5, method=method, **TINY)
+    assert len(made.images.flatten(1).unique(dim=0)) == len(made) == 15
 
 
 def test_learned_labels_of_findings_are_probabilities() -> None:

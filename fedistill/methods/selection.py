@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedistill.matching.problem import Matching, draw_like
+from fedistill.models.loss import groups_of
 
 
 def random(matching: Matching, targets: Tensor, rng: torch.Generator) -> Tensor:
@@ -50,13 +51,12 @@ def nearest_mean(features: Tensor, m: int) -> list[int]:
 
 
 def _per_class(matching: Matching, targets: Tensor, of_class: Callable[[Tensor, int], list[int]]) -> Tensor:
-    real = matching.seen()
-    group = targets.argmax(1)
+    real, kind = matching.seen(), matching.bundle.task.kind
+    group, held = groups_of(targets, kind), groups_of(real.targets, kind)  # no image in two groups: none is taken twice
     chosen = torch.empty(len(targets), dtype=torch.int64)
-    for c, pool in enumerate(real.members):
-        wanted = torch.nonzero(group == c).flatten()
-        if len(wanted):
-            chosen[wanted] = pool[torch.tensor(of_class(_features(matching, real.batch(pool)), len(wanted)))]
+    for c in group.unique().tolist():
+        wanted, pool = torch.nonzero(group == c).flatten(), torch.nonzero(held == c).flatten()
+        chosen[wanted] = pool[torch.tensor(of_class(_features(matching, real.batch(pool)), len(wanted)))]
     return chosen
 
 
