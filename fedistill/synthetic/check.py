@@ -10,7 +10,7 @@ from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
 from fedistill.matching.problem import budget_of
-from fedistill.synthetic.set import SyntheticSet
+from fedistill.synthetic.set import SyntheticSet, one_hot
 
 LARGEST = 100.0  # in units of the public standard deviation; distilled pixels stay far below
 
@@ -25,8 +25,8 @@ def check_set(
 ) -> None:
     """Raise `FedistillError` ("refused-set") unless `candidate` is what site `site` was asked for.
 
-    counts: the images per class that the site declared; an image counts for the most likely class of its label.
-    policy: the setting `budget`. Images with several findings have no budget per class, only one in all.
+    counts: the images per class that the site declared. policy: the setting `budget`. Images with hard labels have a budget per
+    class; soft labels, which may come to favour another class than the one they began with, and findings only one in all.
     """
 
     def refuse(why: str) -> FedistillError:
@@ -47,18 +47,17 @@ def check_set(
     labels = candidate.labels
     if labels.shape != (len(candidate), task.classes) or not torch.isfinite(labels).all():
         raise refuse("its labels are not one finite distribution per image")
-    if task.kind == "multilabel":
-        if (labels < 0).any() or (labels > 1).any():
-            raise refuse("a label has a probability that is not between 0 and 1")
-        most = most_images(task, ipc=ipc, counts=counts, policy=policy)
-        if len(candidate) > most:
-            raise refuse(f"it has {len(candidate)} images, and its budget is {most}")
-    else:
-        if (labels < 0).any() or ((labels.sum(1) - 1).abs() > 0.01).any():
-            raise refuse("a label is not a distribution over the classes")
+    if task.kind == "multilabel" and ((labels < 0).any() or (labels > 1).any()):
+        raise refuse("a label has a probability that is not between 0 and 1")
+    if task.kind != "multilabel" and ((labels < 0).any() or ((labels.sum(1) - 1).abs() > 0.01).any()):
+        raise refuse("a label is not a distribution over the classes")
+    if torch.equal(labels, one_hot(candidate.hard_labels, task.classes)) and task.kind != "multilabel":
         made = torch.bincount(candidate.hard_labels, minlength=task.classes).tolist()
         for name, m, most in zip(task.class_names, made, budget_of(counts, ipc, policy), strict=True):
             if m > most:
                 raise refuse(f"it has {m} images of class {name}, and its budget is {most}")
+    most = most_images(task, ipc=ipc, counts=counts, policy=policy)
+    if len(candidate) > most:
+        raise refuse(f"it has {len(candidate)} images, and its budget is {most}")
     if not all(0 < s <= 1 for s in candidate.step_size):
         raise refuse("its step size is not between 0 and 1")

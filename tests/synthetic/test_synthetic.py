@@ -114,6 +114,15 @@ def test_the_budget_of_a_class_follows_the_policy() -> None:
         check_set(more, site="north", task=TASK, ipc=3, counts=[50, 25], policy="proportional")
 
 
+def test_learned_labels_may_come_to_favour_another_class_but_not_to_be_more() -> None:
+    flipped = replace(
+        make(), labels=torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.4, 0.6]])
+    )  # 3 of one, 1 of the other
+    check(flipped)
+    with pytest.raises(FedistillError, match="6 images, and its budget is 4"):
+        check(replace(make(ipc=3), labels=torch.full((6, 2), 0.5)))
+
+
 FINDINGS = Task((1, 8, 8), ("benign", "malign"), "xray", "multilabel")
 
 
