@@ -19,8 +19,8 @@ from fedistill.matching.student import Batch, adjoint, unroll
 from fedistill.models.augment import Draw, augment, draw
 from fedistill.seeding import generator
 
-OVERLAP_EVERY = 100  # iterations between two looks at the overlap
-RETRAIN_FOR = 50  # iterations in which the untouched images move ten times slower than the new ones
+OVERLAP_LOOKS = 10  # at the overlap, evenly over the iterations, but none in the last fifth: a new image needs time
+RETRAIN_FOR = 0.05  # of the iterations, in which the untouched images move ten times slower than the new ones
 CLIP = 5.0  # an image's gradient is at most this many times the running median
 OVERSHOOT = 1.1  # the largest first loss, averaged over three segments
 
@@ -45,7 +45,7 @@ class Outcome:
 
 def iterate(matching: Matching, state: State) -> None:
     """One outer iteration, in place."""
-    if matching.method.overlap and state.iteration and state.iteration % OVERLAP_EVERY == 0:
+    if matching.method.overlap and looks_at_overlap(state.iteration, matching.total):
         _mitigate(matching, state)
     plan = make_plan(matching, state, state.rng)
     outcome = run_student(matching, state, plan)
@@ -59,6 +59,11 @@ def iterate(matching: Matching, state: State) -> None:
         return
     state.skipped_in_a_row = 0
     _update(matching, state, plan, outcome)
+
+
+def looks_at_overlap(k: int, total: int) -> bool:
+    """Whether iteration k of `total` begins with a look at the overlap."""
+    return 0 < k <= 0.8 * total and k % max(1, total // OVERLAP_LOOKS) == 0
 
 
 def calibrate(matching: Matching, state: State) -> None:
@@ -205,5 +210,5 @@ def _mitigate(matching: Matching, state: State) -> None:
         state.images[i], state.image_velocity[i] = image, 0.0
         state.replaced += 1
         same = state.group == state.group[i]
-        state.slow_until[same] = state.iteration + RETRAIN_FOR
+        state.slow_until[same] = state.iteration + round(RETRAIN_FOR * matching.total)
         state.slow_until[i] = 0

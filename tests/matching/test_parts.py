@@ -10,7 +10,7 @@ from fedistill.errors import FedistillError
 from fedistill.matching.objective import MASKS, keep_easy, mismatch, shape_difference
 from fedistill.matching.overlap import mitigate, overlap_limit, similarity
 from fedistill.matching.schedule import Reach
-from fedistill.matching.trajectory import on_line
+from fedistill.matching.trajectory import looks_at_overlap, on_line
 from fedistill.methods.registry import METHODS, method_of
 from fedistill.models.flat import Flat
 from fedistill.models.nets import build
@@ -144,3 +144,8 @@ def test_a_line_runs_from_first_to_last_at_the_pace_of_each_layer() -> None:
     # at t = 1 the first layer has gone half of its way, the second all of it
     assert torch.allclose(on_line(path, 1, [2, 2]), torch.tensor([1.0, 0, 3, 4]))
     assert torch.allclose(on_line(path, 0.5, [2, 2]), torch.tensor([0.5, 0, 1.5, 2]))
+
+
+def test_overlap_is_looked_at_evenly_and_leaves_new_images_time() -> None:
+    assert [k for k in range(250) if looks_at_overlap(k, 250)] == [25, 50, 75, 100, 125, 150, 175, 200]
+    assert [k for k in range(5) if looks_at_overlap(k, 5)] == [1, 2, 3, 4]
