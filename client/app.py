@@ -25,6 +25,7 @@ from fedistill.data.partition import Partition, partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import confusion_at
+from fedistill.methods.registry import method_of
 from fedistill.site.describe import describe
 from fedistill.site.job import advance, released_set
 from fedistill.wire import decode, encode
@@ -39,6 +40,15 @@ class Site:
     name: str
     data: Dataset
     work: Path
+    simulated: bool
+
+
+def refuse_real_images(config: Config) -> None:
+    """Raise `FedistillError` where the server's settings would have a real site send patients' images, or start from them."""
+    if config.init == "real" or method_of(config).select is not None:
+        raise FedistillError(
+            "real-images", f"method={config.method} with init={config.init} would send real images: no site does that."
+        )
 
 
 def find_site(config: Config, node: dict[str, Any]) -> Site:
@@ -53,7 +63,7 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
         if parts is None or number >= len(parts.names):
             raise FedistillError("node-config", f"The partition has no site number {number + 1}.")
         name = parts.names[number]
-        return Site(name, parts.at(data, number), Path(config.work))
+        return Site(name, parts.at(data, number), Path(config.work), True)
     if missing := [k for k in ("site", "data", "work-dir") if not node.get(k)]:
         raise FedistillError("node-config", f"The SuperNode's --node-config lacks {', '.join(missing)}.")
     name = str(node["site"])
@@ -64,7 +74,7 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
         raise FedistillError(
             error.code, f"The data of site '{name}' cannot be used: errors.log there says why."
         ) from None
-    return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])))
+    return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])), False)
 
 
 def _load(config: Config, source: str, *, split: bool) -> tuple[Dataset, Partition | None]:
@@ -110,6 +120,8 @@ def describe_site(msg: Message, site: Site, config: Config) -> RecordDict:
 @answers
 def distill(msg: Message, site: Site, config: Config) -> RecordDict:
     """Work for one slice; the answer carries the released set once it is ready."""
+    if not site.simulated:
+        refuse_real_images(config)
     job = _job(msg)
     number, run = int(job["round"]), str(job["run"])
     context = decode(_arrays(msg, "context"), str(job["context"])) if "context" in msg.content else None

@@ -13,7 +13,7 @@ from typing import Any
 from fedistill.errors import FedistillError, unknown
 
 # Part of every key of stored work: raise it when the same settings no longer give the same result.
-ALGORITHM = 2
+ALGORITHM = 3
 
 
 def _key(
@@ -172,7 +172,7 @@ class Config:
 
     def resolved(self) -> Config:
         """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""
-        method = recommended_method(self.ipc) if self.method == "auto" else self.method
+        method = recommended_method(self.ipc, self.rounds) if self.method == "auto" else self.method
         filled = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) == 0}
         if "iterations" in filled:
             filled["iterations"] *= LIGHT.get(method, 1)
@@ -222,9 +222,12 @@ PRESETS: dict[str, dict[str, int]] = {
 LIGHT = {"dm": 5, "cf": 5, "dc": 2, "dsa": 2}
 
 
-def recommended_method(ipc: int) -> str:
-    """The method that did best on validation at this budget (docs/benchmark.md)."""
-    return "cf"
+def recommended_method(ipc: int, rounds: int = 1) -> str:
+    """The method that did best on validation (docs/benchmark.md): the same at every `ipc` that was tried.
+
+    Later rounds complement what other sites teach, which takes trajectory matching.
+    """
+    return "cf" if rounds == 1 else "ptm"
 
 
 TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}

@@ -66,6 +66,7 @@ def test_keys_of_work_follow_what_matters() -> None:
 def test_auto_becomes_a_method_and_cheap_iterations_become_more() -> None:
     resolved = make_config({"preset": "quick"}).resolved()
     assert resolved.method == recommended_method(resolved.ipc) in METHODS
+    assert make_config({"rounds": 2}).resolved().method == "ptm"  # the others have no use for what other sites teach
     quick = PRESETS["quick"]["iterations"]
     assert make_config({"preset": "quick", "method": "ptm"}).resolved().iterations == quick
     assert make_config({"preset": "quick", "method": "cf"}).resolved().iterations == LIGHT["cf"] * quick

@@ -15,7 +15,8 @@ import torch
 
 from fedistill.bench.suite import SHARED, WHOLE, Source, Suite
 from fedistill.config import ALGORITHM, Config, make_config
-from fedistill.data.dataset import Dataset
+from fedistill.data.dataset import Dataset, combined
+from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.arms import architectures
@@ -72,6 +73,10 @@ class Cell:
     def experts(self) -> str:
         """Cells of the same word share their experts."""
         return f"{self.data}-{self.fingerprint}-{self.config.key('data', 'experts')}"
+
+    @property
+    def needs_experts(self) -> bool:
+        return self.method != WHOLE and method_of(self.config).experts
 
     @property
     def name(self) -> str:
@@ -144,7 +149,7 @@ def _settings(suite: Suite, choice: Choice, data: str, method: str) -> dict[str,
 def _place(source: Source, root: Path) -> str:
     """A file below the root by its absolute path; a MedMNIST flag or `phantom` as it is."""
     said = str(source.settings["data"])
-    path = (root / said).expanduser().absolute()
+    path = (root / Path(said).expanduser()).expanduser().absolute()
     return str(path) if path.exists() or Path(said).suffix else said
 
 
@@ -171,11 +176,15 @@ def _check(cells: Sequence[Cell]) -> None:
 
 
 def fingerprint(suite: Suite, choice: Choice, data: str) -> str:
-    """The fingerprint of a data set of the suite; empty where it cannot be loaded."""
+    """The fingerprint of a data set of the suite, as it is divided over sites; empty where it cannot be loaded."""
     try:
-        return load(suite, choice, data).fingerprint
+        loaded = load(suite, choice, data)
+        parts = partition(loaded, make_config(_settings(suite, choice, data, WHOLE)))
     except FedistillError:
         return ""
+    if len(parts.names) == 1:
+        return loaded.fingerprint
+    return combined(parts.at(loaded, place).fingerprint for place in range(len(parts.names)))
 
 
 def load(suite: Suite, choice: Choice, data: str) -> Dataset:

@@ -12,7 +12,6 @@ from typing import Any
 from fedistill.bench.cells import Record, about, failure, run_cell, train_experts_of
 from fedistill.bench.plan import Cell
 from fedistill.bench.results import record_path
-from fedistill.bench.suite import WHOLE
 from fedistill.files import write_json
 
 
@@ -41,7 +40,7 @@ def tasks_of(cells: Sequence[Cell]) -> list[Task]:
     """Experts first, then the cells in their order."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        if cell.method != WHOLE:
+        if cell.needs_experts:
             groups.setdefault(cell.experts, []).append(cell)
     experts = [
         Task(
@@ -53,7 +52,7 @@ def tasks_of(cells: Sequence[Cell]) -> list[Task]:
         for word, group in groups.items()
     ]
     return experts + [
-        Task(name=c.name, cells=(c,), cost=c.cost, needs="" if c.method == WHOLE else c.experts) for c in cells
+        Task(name=c.name, cells=(c,), cost=c.cost, needs=c.experts if c.needs_experts else "") for c in cells
     ]
 
 

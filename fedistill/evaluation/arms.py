@@ -58,7 +58,7 @@ def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], se
     for name, index in zip(part.names, part.index, strict=True):
         local, rng = data.train.take(index["train"]), generator(seed, "random-real", name)
         if name in counts:
-            chosen.append(index["train"][draw_of_each(local.labels, counts[name], rng)])
+            chosen.append(index["train"][draw_as_many(local.labels, counts[name], rng)])
     return data.train.take(torch.cat(chosen))
 
 
@@ -71,6 +71,15 @@ def draw_of_each(labels: Tensor, counts: Sequence[int], rng: torch.Generator) ->
         of_class = torch.nonzero(labels == c).flatten()
         chosen.append(of_class[torch.randperm(len(of_class), generator=rng)[:n]])
     return torch.cat(chosen)
+
+
+def draw_as_many(labels: Tensor, counts: Sequence[int], rng: torch.Generator) -> Tensor:
+    """As `draw_of_each`; what a class lacks, since learned labels may favour it too often, is made up for from the others."""
+    found = draw_of_each(labels, counts, rng)
+    left = torch.ones(len(labels), dtype=torch.bool)
+    left[found] = False
+    rest = torch.nonzero(left).flatten()
+    return torch.cat([found, rest[torch.randperm(len(rest), generator=rng)[: sum(counts) - len(found)]]])
 
 
 def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSet) -> Iterator[Arm]:

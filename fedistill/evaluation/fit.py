@@ -67,7 +67,8 @@ def _batch(images: Tensor, modality: str) -> Tensor:
 
 @torch.no_grad()
 def predict(net: Flat, theta: Tensor, images: Tensor, task: Task) -> Tensor:
-    """Probabilities `(n, K)` of uint8 images; a network that diverged gives every class the same."""
+    """Probabilities `(n, K)` of uint8 images, on the device of `net`; a network that diverged gives every class the same."""
+    theta = theta.to(net.device)
     logits = [net(theta, _batch(part, task.modality).to(theta.device)).cpu() for part in images.split(256)]
     probabilities = answers_of(task.kind, torch.cat(logits))
     return probabilities.nan_to_num(nan=1 / probabilities.shape[1])

@@ -9,7 +9,7 @@ import torch
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
-from fedistill.evaluation.arms import architectures, draw_of_each, figures_of
+from fedistill.evaluation.arms import architectures, draw_as_many, figures_of
 from fedistill.evaluation.fit import Material, of_split, select_and_test
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
@@ -31,7 +31,7 @@ def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict
             )
     counts = torch.bincount(synthetic.groups, minlength=data.classes).tolist()
     rng = generator(config.seed, "random-real", "all")
-    random = data.train.take(draw_of_each(data.train.labels, counts, rng))
+    random = data.train.take(draw_as_many(data.train.labels, counts, rng))
     materials = {
         "distilled": (Material(synthetic.images, synthetic.labels), size(*encode(synthetic))),
         "random_real": (of_split(random, task_of(data)), random.images.numel()),

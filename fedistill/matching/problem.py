@@ -249,9 +249,9 @@ def reach_of(config: Config) -> Reach:
     return Reach(config.segment, round(config.window_share() * (checkpoints - config.segment)))
 
 
-def check_segment(config: Config) -> None:
-    """Raise `FedistillError` when an expert has no room for one segment."""
-    if config.segment > config.expert_steps // config.checkpoint_every:
+def check_segment(config: Config, method: Method) -> None:
+    """Raise `FedistillError` when an expert has no room for one segment of what is matched."""
+    if method.schedule is not None and config.segment > config.expert_steps // config.checkpoint_every:
         raise FedistillError(
             "segment-too-long",
             f"segment={config.segment} needs more checkpoints than an expert has "
@@ -269,7 +269,7 @@ def prepare(
     round: int = 1,
 ) -> Matching:
     """Check that the configuration fits the experts. Raises `FedistillError` where it does not."""
-    check_segment(config)
+    check_segment(config, method)
     task = bundle.task
     nets = tuple(task.network(name, config) for name in architectures_of(config))
     return Matching(

@@ -93,7 +93,9 @@ def _compile(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
         if not chosen:
             ready = torch.compile(fast, fullgraph=True, dynamic=False)
             try:
-                ready(*args)
+                # every network and shape is a compilation of its own, and a long process sees more than the usual 8
+                with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192):
+                    ready(*args)
                 chosen.append(ready)
             except Exception as error:
                 logging.getLogger(__name__).warning("not compiled, so slower: %s", type(error).__name__)

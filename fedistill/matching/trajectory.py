@@ -67,18 +67,23 @@ def looks_at_overlap(k: int, total: int) -> bool:
 
 
 def calibrate(matching: Matching, state: State) -> None:
-    """First step sizes: the student covers as much time as the expert did, halved until it no longer overshoots."""
+    """First step sizes: the student covers as much time as the expert did, halved until it no longer overshoots.
+
+    Each architecture of the pool has its own, found on its own experts.
+    """
     config = matching.config
     alpha = config.segment * config.checkpoint_every * config.expert_lr / config.syn_steps
     state.log_step.fill_(math.log(alpha))
-    for _ in range(16):
-        losses = [
-            run_student(matching, state, make_plan(matching, state, generator(config.seed, "calibrate", n))).loss
-            for n in range(3)
-        ]
-        if all(math.isfinite(x) for x in losses) and sum(losses) / 3 <= OVERSHOOT:
-            break
-        state.log_step -= math.log(2)
+    for place in range(min(len(matching.nets), len(matching.trajectories))):
+        mine = range(place, len(matching.trajectories), len(matching.nets))
+        for _ in range(16):
+            losses = []
+            for n in range(3):
+                plan = make_plan(matching, state, generator(config.seed, "calibrate", n), mine)
+                losses.append(run_student(matching, state, plan).loss)
+            if all(math.isfinite(x) for x in losses) and sum(losses) / 3 <= OVERSHOOT:
+                break
+            state.log_step[place] -= math.log(2)
 
 
 def on_line(path: Tensor, t: float, sizes: Sequence[int]) -> Tensor:
@@ -96,9 +101,11 @@ def on_line(path: Tensor, t: float, sizes: Sequence[int]) -> Tensor:
     return path[0] + at.repeat_interleave(torch.tensor(sizes, device=path.device)) * (path[-1] - path[0])
 
 
-def make_plan(matching: Matching, state: State, rng: torch.Generator) -> Plan:
+def make_plan(matching: Matching, state: State, rng: torch.Generator, experts: Sequence[int] | None = None) -> Plan:
+    """A random expert (of `experts`, or of all), the next segment, and batches of the synthetic set."""
     config = matching.config
-    expert = int(torch.randint(len(matching.trajectories), (1,), generator=rng))
+    choice = experts if experts is not None else range(len(matching.trajectories))
+    expert = choice[int(torch.randint(len(choice), (1,), generator=rng))]
     path, segment = matching.trajectories[expert], _segment(matching, state, rng)
     times = (segment.start, (segment.start + segment.stop) / 2, segment.stop)
     if matching.method.line:

@@ -68,8 +68,10 @@ def step(
     real, rng = matching.seen(), state.rng
     f, op = features(matching, rng), draw(matching.operations, rng)
     made_in = membership(state.targets, matching.bundle.task.kind)
-    index = torch.cat([pick(pool, matching.config.real_batch, rng) for pool in real.members])
-    real_in = membership(real.targets[index].float(), matching.bundle.task.kind).to(state.images)
+    parts = [pick(pool, matching.config.real_batch, rng) for pool in real.members]
+    index = torch.cat(parts)
+    # an image with several findings counts for the one that it was drawn for
+    real_in = torch.block_diag(*(torch.ones(len(part), 1) for part in parts)).to(state.images)
     both = (made_in.sum(0) > 0) & (real_in.sum(0) > 0)
     with torch.no_grad():
         of_real = f(augment(real.batch(index).to(state.images), op))

@@ -14,7 +14,7 @@ from fedistill.matching.problem import Matching
 from fedistill.matching.state import State
 from fedistill.methods.distribution import adam, pick
 from fedistill.models.augment import augment, draw
-from fedistill.models.loss import loss_of
+from fedistill.models.loss import groups_of, loss_of
 
 OUTER = 10  # matching steps per network, which trains on the synthetic set between them
 INNER = 5  # its training steps
@@ -36,15 +36,17 @@ def distance(made: Tensor, real: Tensor, shapes: tuple[torch.Size, ...]) -> Tens
 
 def step(matching: Matching, state: State) -> None:
     """One iteration, in place: match the gradients of every class, then train the network on the set."""
-    real, rng, kind, net = matching.seen(), state.rng, matching.bundle.task.kind, matching.nets[0]
+    real, rng, kind = matching.seen(), state.rng, matching.bundle.task.kind
+    net = matching.nets[state.iteration // OUTER % len(matching.nets)]
+    of_real_group = groups_of(real.targets, kind)
     if state.iteration % OUTER == 0 or len(state.network) != net.size:
         state.network = net.initial(rng).to(matching.device)
     theta = state.network.requires_grad_(True)
     images = state.images.requires_grad_(True)
     loss = torch.zeros((), device=images.device)
-    for c, pool in enumerate(real.members):
-        mine = torch.nonzero(state.group == c).flatten()
-        if not len(mine) or not len(pool):
+    for c in state.group.unique().tolist():
+        mine, pool = torch.nonzero(state.group == c).flatten(), torch.nonzero(of_real_group == c).flatten()
+        if not len(pool):
             continue
         op, index = draw(matching.operations, rng), pick(pool, matching.config.real_batch, rng)
         x, y = augment(real.batch(index).to(images), op), real.targets[index].to(images)

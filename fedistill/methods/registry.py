@@ -155,10 +155,11 @@ def method_of(config: Config) -> Method:
         )
     if config.mask != "auto" and config.mask not in MASKS:
         raise unknown("value of mask", config.mask, MASKS)
+    soft = chosen.soft_labels if config.labels == "auto" else config.labels == "soft"
     return replace(
         chosen,
-        soft_labels=chosen.soft_labels if config.labels == "auto" else config.labels == "soft",
-        experts=chosen.experts or config.labels == "soft",
+        soft_labels=soft,
+        experts=soft or (chosen.experts and chosen.select is not selection.random),
         mask=chosen.mask if config.mask == "auto" else config.mask,
         overlap=chosen.overlap if config.overlap == "auto" else config.overlap == "on",
     )

@@ -18,6 +18,7 @@ class Flat:
     def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._shapes = {name: p.shape for name, p in net.named_parameters()}
+        self.device = next(net.parameters()).device
         self.shapes = tuple(self._shapes.values())
         self.sizes = tuple(s.numel() for s in self.shapes)
         self.size = sum(self.sizes)

@@ -14,9 +14,19 @@ from fedistill.models.flat import device_of
 
 def check_settings(config: Config, task: Task) -> None:
     """Raise `FedistillError` where a setting names nothing, or cannot work on images like these."""
-    method_of(config)
+    method = method_of(config)
     device_of(config.device)
-    check_segment(config)
+    check_segment(config, method)
+    if method.experts and config.checkpoint_every > config.expert_steps:
+        raise FedistillError(
+            "no-checkpoint",
+            f"checkpoint_every={config.checkpoint_every} is more than expert_steps={config.expert_steps}: lower it.",
+        )
+    if config.rounds > 1 and method.schedule is None:
+        raise FedistillError(
+            "not-for-method",
+            f"rounds={config.rounds} needs trajectory matching, and method={config.method} is none: use ptm, or one round.",
+        )
     task.operations(config)
     if task.kind == "multilabel" and config.budget != "equal":
         raise FedistillError(

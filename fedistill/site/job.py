@@ -90,7 +90,8 @@ def advance(
     if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
         check_budget(config, data)
     began, until = time.monotonic(), time.monotonic() + seconds
-    spent = {phase: read_json(file) for phase in PHASES if (file := folders.seconds(phase)).exists()}
+    phases = PHASES if method.experts else PHASES[1:]  # others may have trained experts here
+    spent = {phase: read_json(file) for phase in phases if (file := folders.seconds(phase)).exists()}
     if not folders.facts.exists():
         checkpoints, done, total = folders.checkpoints, 0, 0
         if method.experts:
@@ -99,9 +100,10 @@ def advance(
             )
         if done == total:
             write_json(folders.facts, _facts(config, data, folders.experts, checkpoints))
-        _spend(folders, spent, "experts", began)
+        if method.experts:
+            _spend(folders, spent, "experts", began)
         if done < total or time.monotonic() >= until:
-            eta = spent["experts"] * (total - done) / max(done, 1)
+            eta = spent.get("experts", 0.0) * (total - done) / max(done, 1)
             return Progress("experts", done, total, eta=eta, seconds=spent)
         began = time.monotonic()
     return _distil_slice(config, method, data, site, folders, spent, round, context, began, until)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
 from fedistill.matching.problem import budget_of
-from fedistill.synthetic.set import SyntheticSet, one_hot
+from fedistill.models.loss import targets_of
+from fedistill.synthetic.set import SyntheticSet
 
 LARGEST = 100.0  # in units of the public standard deviation; distilled pixels stay far below
 
@@ -51,7 +53,7 @@ def check_set(
         raise refuse("a label has a probability that is not between 0 and 1")
     if task.kind != "multilabel" and ((labels < 0).any() or ((labels.sum(1) - 1).abs() > 0.01).any()):
         raise refuse("a label is not a distribution over the classes")
-    if torch.equal(labels, one_hot(candidate.hard_labels, task.classes)) and task.kind != "multilabel":
+    if task.kind != "multilabel" and _are_hard(labels, task.kind):
         made = torch.bincount(candidate.hard_labels, minlength=task.classes).tolist()
         for name, m, most in zip(task.class_names, made, budget_of(counts, ipc, policy), strict=True):
             if m > most:
@@ -61,3 +63,8 @@ def check_set(
         raise refuse(f"it has {len(candidate)} images, and its budget is {most}")
     if not all(0 < s <= 1 for s in candidate.step_size):
         raise refuse("its step size is not between 0 and 1")
+
+
+def _are_hard(labels: Tensor, kind: str) -> bool:
+    """Whether `labels (m, K)` are those of single classes, as far as the wire's float16 can tell."""
+    return torch.allclose(labels, targets_of(labels.argmax(1), labels.shape[1], kind), atol=1e-3)

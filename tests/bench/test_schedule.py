@@ -126,6 +126,13 @@ def test_experts_that_fail_fail_once_for_all_their_cells(tmp_path: Path) -> None
     }
 
 
+def test_methods_without_experts_do_not_wait_for_any(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path / "suite")
+    (folder / "methods" / "dm.toml").write_text('method = "dm"\n')
+    tasks = tasks_of(cells_of(load_suite(str(folder)), Choice(seeds=1, methods=("dm",))))
+    assert not any(task.needs or task.makes for task in tasks)
+
+
 def test_a_lost_process_fails_what_it_worked_on(tmp_path: Path) -> None:
     (cell,) = (c for c in cells_of(load_suite(str(write_suite(tmp_path))), Choice(seeds=1)) if c.method == "whole")
 

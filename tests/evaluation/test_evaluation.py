@@ -17,9 +17,17 @@ from fedistill.data.partition import partition
 from fedistill.errors import FedistillError
 from fedistill.evaluation import arms as arms_module
 from fedistill.evaluation import fit as fit_module
-from fedistill.evaluation.arms import architectures, confusion_at, evaluate_arms, global_models, random_real
+from fedistill.evaluation.arms import (
+    architectures,
+    confusion_at,
+    draw_as_many,
+    evaluate_arms,
+    global_models,
+    random_real,
+)
 from fedistill.evaluation.fit import of_split, select_and_test
 from fedistill.evaluation.metrics import confusion, from_confusion, mean_std, score
+from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet, one_hot
 
@@ -155,3 +163,11 @@ def test_random_images_come_from_the_site_and_class_that_they_stand_for(tiny: Da
 def test_unknown_global_model() -> None:
     with pytest.raises(FedistillError, match="did you mean 'resnet18'"):
         architectures(settings(eval_models="convnet,resnet"))
+
+
+def test_what_a_class_lacks_is_made_up_for() -> None:
+    labels = torch.tensor([0] * 9 + [1])
+    found = draw_as_many(labels, [1, 3], generator(0))
+    assert len(found) == len(set(found.tolist())) == 4
+    assert 9 in found
+    assert len(draw_as_many(labels, [2, 1], generator(0))) == 3

@@ -164,7 +164,7 @@ def test_a_late_site_is_left_out(tmp_path: Path) -> None:
 
 
 def test_later_rounds_build_on_the_merged_set(tmp_path: Path) -> None:
-    run(tmp_path / "run", rounds=2)
+    run(tmp_path / "run", rounds=2, method="ptm")
     seed = tmp_path / "run/seed-0"
     assert sorted(p.name for p in (seed / "round-2").iterdir()) == [f"site-site-{i}" for i in (1, 2, 3)]
     assert read_json(seed / "sites.json")["site-1"]["iterations"] == 8
@@ -191,6 +191,13 @@ def test_deployed_sites_keep_their_work_on_their_own_disks(tmp_path: Path) -> No
     assert load_set(tmp_path / "run/seed-0/merged").sites == ("north", "south")
     assert list((tmp_path / "disk-0").rglob("facts-*.json"))
     assert not (tmp_path / "run/work").exists()
+
+
+@pytest.mark.parametrize("settings", [{"method": "random"}, {"method": "herding"}, {"init": "real"}])
+def test_a_real_site_sends_no_real_image_whatever_the_server_says(settings: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match="would send real images: no site does that"):
+        run(tmp_path / "run", nodes=deployed(tmp_path, ["north", "south"]), sites=2, server_data="none", **settings)
+    assert not list((tmp_path / "run").rglob("set.safetensors"))
 
 
 def test_a_site_may_have_any_name(tmp_path: Path) -> None:

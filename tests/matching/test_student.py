@@ -166,6 +166,20 @@ def test_compiled_derivatives_are_the_plain_ones() -> None:
     assert float(s) == pytest.approx(float(t), rel=1e-4)
 
 
+def test_a_long_process_compiles_any_number_of_shapes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default PyTorch gives up after 8, and what the gradient is would depend on what the process did before."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: real(f, backend="eager", **more))
+    net = Flat(build("mlp", (1, 6, 6), CLASSES))
+    for n in range(1, 12):
+        fast = student_of(lambda theta, x, y: loss_of("multiclass", net(theta, x), y), compiled=True)
+        y = torch.full((n, CLASSES), 1 / CLASSES)
+        assert torch.isfinite(fast.gradient(net.initial(generator(0)), torch.ones((n, 1, 6, 6)), y)).all()
+    assert "not compiled" not in caplog.text
+
+
 def test_without_a_compiler_the_plain_derivatives_are_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
