@@ -68,6 +68,11 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
             spread = whole["std"] or 0.0
             panel.axhspan(whole["mean"] - spread, whole["mean"] + spread, color="0.35", alpha=0.12, linewidth=0)
         panel.set(title=data, xlabel=COSTS[cost], xscale="log")
+        budgets = sorted(
+            {_mean_cost(rows, data, ipc, methods[0], cost) for d, ipc in places_of(rows) if d == data and ipc}
+        )
+        panel.set_xticks(budgets, [f"{b:,.0f}" for b in budgets], minor=False)
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(f"balanced accuracy ({models_of(rows)[0]})")
     figure.legend(list(lines.values()), list(lines), loc="outside right center", frameon=False, fontsize="small")
