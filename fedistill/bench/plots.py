@@ -68,9 +68,8 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
             spread = whole["std"] or 0.0
             panel.axhspan(whole["mean"] - spread, whole["mean"] + spread, color="0.35", alpha=0.12, linewidth=0)
         panel.set(title=data, xlabel=COSTS[cost], xscale="log")
-        budgets = sorted(
-            {_mean_cost(rows, data, ipc, methods[0], cost) for d, ipc in places_of(rows) if d == data and ipc}
-        )
+        there = [ipc for d, ipc in places_of(rows) if d == data and ipc]
+        budgets = [next(c for m in methods if (c := _mean_cost(rows, data, ipc, m, cost))) for ipc in there]
         panel.set_xticks(budgets, [f"{b:,.0f}" for b in budgets], minor=False)
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.25)
@@ -85,4 +84,4 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
 
 def _mean_cost(rows: Sequence[Row], data: str, ipc: int, method: str, cost: str) -> float:
     values = figures(rows, data, ipc, method, cost).values
-    return sum(values.values()) / len(values)
+    return sum(values.values()) / max(1, len(values))
