@@ -17,17 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedistill.config import make_config
 from fedistill.data.dataset import Split
 from fedistill.experts.train import Task, train_experts
 from fedistill.matching.objective import mismatch
-from fedistill.matching.student import adjoint, student_of, unroll
+from fedistill.matching.student import Batch, adjoint, student_of, unroll
 from fedistill.matching.trajectory import batch_of
 from fedistill.memory import keep_freed_memory
 from fedistill.models.augment import Draw
@@ -39,7 +41,8 @@ from fedistill.seeding import generator
 WIDTH, IMAGES, SIZE, CLASSES = 128, 90, 32, 9
 
 
-def problem(steps: int):  # type: ignore[no-untyped-def]
+def problem(steps: int) -> tuple[Flat, Tensor, Tensor, Tensor, Tensor, list[Batch], Tensor]:
+    """Network, start, target, images, labels, batches and step size."""
     rng = generator(0, "speed")
     net = Flat(build("convnet", (3, SIZE, SIZE), CLASSES, width=WIDTH, depth=3))
     start = net.initial(rng)
@@ -63,7 +66,8 @@ def unrolled(steps: int) -> None:
     torch.autograd.grad(mismatch(theta, start, target, torch.ones_like(start)), (images, alpha))
 
 
-def exact(steps: int, compiled: bool):  # type: ignore[no-untyped-def]
+def exact(steps: int, compiled: bool) -> Callable[[], None]:
+    """One outer iteration with the adjoint, ready to run."""
     net, start, target, images, labels, batches, alpha = problem(steps)
     student = student_of(lambda theta, x, y: loss_of("multiclass", net(theta, x), y), compiled=compiled)
 
