@@ -15,6 +15,8 @@ from fedistill.errors import FedistillError, unknown
 # Part of every key of stored work: raise it when the same settings no longer give the same result.
 ALGORITHM = 3
 
+BUDGETS = ("equal", "proportional", "sqrt")
+
 
 def _key(
     default: Any,
@@ -79,7 +81,7 @@ class Config:
         "equal",
         "how ipc is spread over classes: equal, or proportional to their images (proportional) or the root (sqrt)",
         scope="distill",
-        choices=("equal", "proportional", "sqrt"),
+        choices=BUDGETS,
     )
     init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))
     labels: str = _key(

@@ -24,7 +24,7 @@ from fedistill.experts.train import Task, architectures_of
 from fedistill.matching.schedule import Reach
 from fedistill.matching.student import Loss, Student, student_of
 from fedistill.models.flat import Flat, device_of
-from fedistill.models.loss import answers_of, loss_of, targets_of
+from fedistill.models.loss import answers_of, groups_of, loss_of, targets_of
 
 if TYPE_CHECKING:
     from fedistill.matching.state import State
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 NOISE = 0.3  # deviation of noise images; with 1.0 the leftover noise hides the lesson where sites' sets are merged
 FEW = 5  # real images of a class
-POLICIES = ("equal", "proportional", "sqrt")
 
 
 def budget_of(counts: Sequence[int], ipc: int, policy: str) -> list[int]:
@@ -128,6 +127,15 @@ class Real:
     def members(self) -> list[Tensor]:
         """Positions of the images that show each class (and, for multi-label, of those without a finding)."""
         return [torch.nonzero(column).flatten() for column in membership(self.targets, self.task.kind).T]
+
+    @cached_property
+    def groups(self) -> Tensor:
+        """The group `(n,)` of each image: unlike `members`, no image is in two."""
+        return groups_of(self.targets, self.task.kind)
+
+    def of_group(self, c: int) -> Tensor:
+        """Positions of the images of group `c`."""
+        return torch.nonzero(self.groups == c).flatten()
 
     def batch(self, index: Tensor) -> Tensor:
         """Normalised images `(k, C, H, W)`."""

@@ -14,7 +14,7 @@ from fedistill.matching.problem import Matching
 from fedistill.matching.state import State
 from fedistill.methods.distribution import adam, pick
 from fedistill.models.augment import augment, draw
-from fedistill.models.loss import groups_of, loss_of
+from fedistill.models.loss import loss_of
 
 OUTER = 10  # matching steps per network, which trains on the synthetic set between them
 INNER = 5  # its training steps
@@ -38,14 +38,13 @@ def step(matching: Matching, state: State) -> None:
     """One iteration, in place: match the gradients of every class, then train the network on the set."""
     real, rng, kind = matching.seen(), state.rng, matching.bundle.task.kind
     net = matching.nets[state.iteration // OUTER % len(matching.nets)]
-    of_real_group = groups_of(real.targets, kind)
     if state.iteration % OUTER == 0 or len(state.network) != net.size:
         state.network = net.initial(rng).to(matching.device)
     theta = state.network.requires_grad_(True)
     images = state.images.requires_grad_(True)
     loss = torch.zeros((), device=images.device)
     for c in state.group.unique().tolist():
-        mine, pool = torch.nonzero(state.group == c).flatten(), torch.nonzero(of_real_group == c).flatten()
+        mine, pool = torch.nonzero(state.group == c).flatten(), real.of_group(c)
         if not len(pool):
             continue
         op, index = draw(matching.operations, rng), pick(pool, matching.config.real_batch, rng)

@@ -51,11 +51,11 @@ def nearest_mean(features: Tensor, m: int) -> list[int]:
 
 
 def _per_class(matching: Matching, targets: Tensor, of_class: Callable[[Tensor, int], list[int]]) -> Tensor:
-    real, kind = matching.seen(), matching.bundle.task.kind
-    group, held = groups_of(targets, kind), groups_of(real.targets, kind)  # no image in two groups: none is taken twice
+    real = matching.seen()
+    group = groups_of(targets, real.task.kind)
     chosen = torch.empty(len(targets), dtype=torch.int64)
     for c in group.unique().tolist():
-        wanted, pool = torch.nonzero(group == c).flatten(), torch.nonzero(held == c).flatten()
+        wanted, pool = torch.nonzero(group == c).flatten(), real.of_group(c)  # no image in two groups
         chosen[wanted] = pool[torch.tensor(of_class(_features(matching, real.batch(pool)), len(wanted)))]
     return chosen
 

@@ -10,13 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedistill.config import make_config
+from fedistill.config import BUDGETS, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
 from fedistill.matching.distil import check_skips, distil, start, warnings
 from fedistill.matching.problem import (
-    POLICIES,
     Bundle,
     Matching,
     Real,
@@ -34,7 +33,7 @@ from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 
 
-@given(st.lists(st.integers(0, 200), min_size=2, max_size=9).filter(any), st.integers(1, 20), st.sampled_from(POLICIES))
+@given(st.lists(st.integers(0, 200), min_size=2, max_size=9).filter(any), st.integers(1, 20), st.sampled_from(BUDGETS))
 def test_budgets_stay_within_what_is_there(counts: list[int], ipc: int, policy: str) -> None:
     budget = budget_of(counts, ipc, policy)
     assert all((0 < b <= n) if n else b == 0 for b, n in zip(budget, counts, strict=True))
