@@ -51,13 +51,17 @@ def finished(out: Path, cell: Cell) -> bool:
     return path.exists() and read_json(path)["status"] == "ok"
 
 
-def collect(out: Path, suite: Suite, choice: Choice, cells: Sequence[Cell]) -> list[Row]:
+def collect(
+    out: Path, suite: Suite, choice: Choice, cells: Sequence[Cell], marks: dict[str, str] | None = None
+) -> list[Row]:
     """The rows of all stored cells that are still what the suite and the command line say: none of other settings or data.
 
     That takes in what earlier commands with another choice of data, methods, IPC and seeds than `cells` left there.
+    marks: fingerprints of data sets from call to call, so that none is loaded twice; added to.
     """
     rows: list[Row] = []
-    marks = {cell.data: cell.fingerprint for cell in cells}
+    marks = {} if marks is None else marks
+    marks |= {cell.data: cell.fingerprint for cell in cells}
     for path in sorted((out / "cells").glob("*.json")):
         record = read_json(path)
         data, method = record["data"], record["method"]

@@ -66,9 +66,11 @@ def bench(suite: Suite, choice: Choice, out: Path, console: Console, *, command:
     return _summary(cells, out)
 
 
-def write_results(suite: Suite, choice: Choice, cells: Sequence[Cell], out: Path) -> None:
-    """`results.csv` from the records, and from it the tables and plots."""
-    write_rows(out / "results.csv", collect(out, suite, choice, cells))
+def write_results(
+    suite: Suite, choice: Choice, cells: Sequence[Cell], out: Path, marks: dict[str, str] | None = None
+) -> None:
+    """`results.csv` from the records, and from it the tables and plots. marks: see `collect`."""
+    write_rows(out / "results.csv", collect(out, suite, choice, cells, marks))
     write_tables(out)
 
 
@@ -106,12 +108,13 @@ def _work(
     write_json(out / "plan.json", plan)
     (out / "progress.json").unlink(missing_ok=True)
     below: dict[int, str] = {}
+    marks: dict[str, str] = {}
     child = start_engine(app_folder(), "bench.py", out)
     try:
         with terminate_is_interrupt():
             for state in _states(child, below, out, console, before=len(cells) - len(todo), total=len(cells)):
                 if state["done"]:
-                    write_results(suite, choice, cells, out)
+                    write_results(suite, choice, cells, out, marks)
     except KeyboardInterrupt:
         stop_engine(child, below)
         write_results(suite, choice, cells, out)
