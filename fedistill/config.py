@@ -72,6 +72,38 @@ class Config:
     expert_lr: float = _key(0.03, "learning rate of the experts", scope="experts", low=0.0)
     checkpoint_every: int = _key(10, "expert steps between checkpoints", scope="experts", low=1)
 
+    sketch_networks: int = _key(
+        8, "public random networks whose features a sketch is made of", scope="experts", low=1
+    )
+    sketch_frequencies: int = _key(256, "frequencies per network of a sketch", scope="experts", low=1)
+    sketch_scale: float = _key(1.0, "deviation of the frequencies of a sketch", scope="experts", low=1e-3)
+    sketch_augmentations: int = _key(4, "versions of each real image that a sketch averages", scope="experts", low=1)
+
+    privacy: str = _key(
+        "none",
+        "dp: all that is made of a site's images is differentially private; needs epsilon",
+        scope="experts",
+        choices=("none", "dp"),
+    )
+    epsilon: float = _key(0.0, "privacy budget of a site's release, over all rounds", scope="experts", low=0.0)
+    delta: float = _key(
+        0.0, "probability left to a failure of epsilon; 0: the power of ten below 1 / records", scope="experts", low=0.0
+    )
+    unit: str = _key(
+        "image", "whom epsilon protects: one image, or one patient", scope="experts", choices=("image", "patient")
+    )
+    sample_rate: float = _key(
+        0.2, "chance of a record to be in a step of a private expert", scope="experts", low=1e-4, high=1.0
+    )
+    clip_norm: float = _key(1.0, "largest gradient of one record in a private expert", scope="experts", low=1e-6)
+    dp_lr: float = _key(0.5, "learning rate of private experts", scope="experts", low=0.0)
+    denoise: str = _key(
+        "shrink",
+        "private experts before they are matched: none, average (of checkpoints) or shrink (average, then less by the noise)",
+        scope="distill",
+        choices=("none", "average", "shrink"),
+    )
+
     preset: str = _key("standard", "amount of work: quick, standard or thorough", scope="run")
     method: str = _key(
         "auto", "distillation method (see `fedistill methods`); auto: what the benchmark recommends", scope="distill"
@@ -141,6 +173,12 @@ class Config:
     eval_steps: int = _key(0, "SGD steps of a global network", scope="eval", low=0)
     eval_batch: int = _key(64, "images per step of a global network", scope="eval", low=1)
 
+    eval_epsilon: float = _key(
+        0.0,
+        "with privacy=dp: what each site pays, beyond epsilon, for noisy counts of right answers; 0: it sends none",
+        scope="eval",
+        low=0.0,
+    )
     server_data: str = _key(
         "same",
         "same: a simulation, the server may use the run's data for validation, test and comparison arms; none",
@@ -221,7 +259,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 # Iterations of these methods for one of trajectory matching: they cost that much less, so a preset asks for more of them.
-LIGHT = {"dm": 5, "cf": 5, "dc": 2, "dsa": 2}
+LIGHT = {"sketch": 5, "dm": 5, "cf": 5, "dc": 2, "dsa": 2}
 
 
 def recommended_method(ipc: int, rounds: int = 1) -> str:

@@ -103,6 +103,16 @@ def phantom_images(n: int, channels: int, size: int, generator: torch.Generator,
     return _draw(_places(labels, "multiclass", classes, generator), site, channels, size, 0, generator), labels
 
 
+def phantoms_like(geometry: tuple[int, ...], n: int, generator: torch.Generator) -> Tensor:
+    """`n` public phantoms `(n, *geometry)` uint8 of all classes and scanners; volumes repeat one slice."""
+    channels, *size = geometry
+    images, _ = phantom_images(n, channels, max(size[-2:]), generator, len(CLASSES))
+    images = images[:, :, : size[-2], : size[-1]]
+    if len(size) == 3:
+        images = images[:, :, None].expand(-1, -1, size[0], -1, -1)
+    return (images * 255).round().to(torch.uint8)
+
+
 def _check(classes: int, channels: int) -> None:
     if not 2 <= classes <= len(CLASSES):
         raise FedistillError("bad-value", f"phantom_classes={classes} is not possible: choose 2 to {len(CLASSES)}.")

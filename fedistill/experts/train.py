@@ -69,24 +69,24 @@ def train_experts(
     `config.workers` parallel processes of one thread each.
     """
     goal = checkpoints * config.checkpoint_every
-    todo = [e for e in range(config.experts) if _steps_done(folder, e) < goal]
+    todo = [e for e in range(config.experts) if steps_done(folder, e) < goal]
     Parallel(n_jobs=min(config.worker_count(), max(len(todo), 1)), backend="loky")(
         delayed(_train_one)(config, task, train, folder, site, e, goal, until) for e in todo
     )
-    return sum(min(_steps_done(folder, e), goal) for e in range(config.experts)), config.experts * goal
+    return sum(min(steps_done(folder, e), goal) for e in range(config.experts)), config.experts * goal
 
 
 def load_trajectory(folder: Path, expert: int, checkpoints: int) -> Tensor:
     """The first `checkpoints + 1` checkpoints `(T+1, P)` float32 of one expert."""
-    return trajectory.read(_file(folder, expert), checkpoints)
+    return trajectory.read(expert_file(folder, expert), checkpoints)
 
 
-def _file(folder: Path, expert: int) -> Path:
+def expert_file(folder: Path, expert: int) -> Path:
     return folder / f"expert-{expert:03d}.safetensors"
 
 
-def _steps_done(folder: Path, expert: int) -> int:
-    file = _file(folder, expert)
+def steps_done(folder: Path, expert: int) -> int:
+    file = expert_file(folder, expert)
     return int(read_about(file)["step"]) if file.exists() else 0
 
 
@@ -102,7 +102,7 @@ def _train_one(
     targets = targets_of(train.labels, task.classes, task.kind)
     weights = class_weights(targets, kind=task.kind).to(device) if config.class_weights else None
     rng = generator(config.seed, "expert", site, expert)
-    file = _file(folder, expert)
+    file = expert_file(folder, expert)
     if file.exists():
         parts, about = read_tensors(file)
         theta, step = parts.pop("theta").to(device), int(about["step"])

@@ -7,7 +7,6 @@ import time
 import torch
 
 from fedistill.errors import FedistillError
-from fedistill.matching import trajectory
 from fedistill.matching.problem import Matching
 from fedistill.matching.state import State
 from fedistill.memory import keep_freed_memory
@@ -43,8 +42,8 @@ def start(matching: Matching, site: str) -> State:
         network=torch.zeros(0, device=device),
         rng=rng,
     )
-    if method.schedule is not None:
-        trajectory.calibrate(matching, state)
+    if method.begin is not None:
+        method.begin(matching, state)
     return state
 
 

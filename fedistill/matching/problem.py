@@ -10,14 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedistill.config import Config
-from fedistill.data.phantoms import phantom_images
+from fedistill.data.phantoms import phantoms_like
 from fedistill.data.public import normalise
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, architectures_of
@@ -55,6 +55,7 @@ class Bundle:
     counts: real images per class (per finding for multi-label tasks).
     overlap_limits: one row per stored stage, one figure per class.
     findings: label vectors that occur and how often, for multi-label tasks only.
+    sketch: sums of public features of each class, for the method that is made of them (`methods.sketch`).
     """
 
     task: Task
@@ -62,6 +63,7 @@ class Bundle:
     counts: tuple[int, ...]
     overlap_limits: tuple[tuple[float, ...], ...] = ()
     findings: tuple[tuple[tuple[int, ...], int], ...] = ()
+    sketch: Tensor | None = None
 
     def targets(self, config: Config) -> Tensor:
         """Targets `(m, K)` of the images to be made, sorted by class."""
@@ -157,6 +159,7 @@ class Matching:
     real: Real | None
     context: tuple[Tensor, Tensor] | None  # images and labels of other sites, constant, from an earlier round
     round: int = 1
+    prepared: Any = None  # what the method made of the bundle before its first step
 
     @property
     def device(self) -> torch.device:
@@ -191,16 +194,8 @@ class Matching:
         if self.config.init == "noise":
             return NOISE * torch.randn((n, channels, *size), generator=rng)
         if self.config.init == "phantom":
-            return self._phantoms(n, rng)
+            return normalise(phantoms_like(self.bundle.task.geometry, n, rng), self.bundle.task.modality)
         return self.seen().batch(draw_like(targets.cpu(), self.seen(), rng))
-
-    def _phantoms(self, n: int, rng: torch.Generator) -> Tensor:
-        channels, *size = self.bundle.task.geometry
-        images, _ = phantom_images(n, channels, max(size[-2:]), rng, 6)
-        images = images[:, :, : size[-2], : size[-1]]
-        if len(size) == 3:
-            images = images[:, :, None].expand(-1, -1, size[0], -1, -1)
-        return normalise((images * 255).round().to(torch.uint8), self.bundle.task.modality)
 
     def labels(self, state: State) -> Tensor:
         """Labels `(m, K)` as they are now: fixed, learned, or the experts' opinion of the images."""
@@ -292,6 +287,7 @@ def prepare(
         real=real,
         context=context,
         round=round,
+        prepared=method.prepare(config, bundle) if method.prepare is not None else None,
     )
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedistill.config import Config
 from fedistill.matching.objective import MASKS, mismatch, shape_difference
 from fedistill.matching.overlap import mitigate
 from fedistill.matching.problem import Matching
 from fedistill.matching.schedule import Segment
 from fedistill.matching.state import State
-from fedistill.matching.student import Batch, adjoint, unroll
+from fedistill.matching.student import Batch, Gradients, adjoint, unroll
 from fedistill.models.augment import Draw, augment, draw
 from fedistill.seeding import generator
 
@@ -187,6 +188,11 @@ def _update(matching: Matching, state: State, plan: Plan, outcome: Outcome) -> N
             (d_logits,) = torch.autograd.grad(matching.labels(state), logits, grads.labels[:m])
         state.label_velocity = 0.9 * state.label_velocity + d_logits
         state.logits = state.logits.detach() - config.label_lr * shared * state.label_velocity
+    update_step_size(config, state, place, grads)
+
+
+def update_step_size(config: Config, state: State, place: int, grads: Gradients) -> None:
+    """A step on the logarithm of the student's step size, for the architecture at `place` of the pool."""
     d_log_step = (state.step_size[place] * grads.step_size).clamp(-10, 10)
     state.log_step[place] = (state.log_step[place] - config.step_lr * d_log_step).clamp(math.log(1e-4), math.log(0.5))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,10 @@ from fedistill.config import Config
 from fedistill.errors import FedistillError, unknown
 from fedistill.matching import trajectory
 from fedistill.matching.objective import MASKS
-from fedistill.matching.problem import Matching
+from fedistill.matching.problem import Bundle, Matching
 from fedistill.matching.schedule import Reach, Segment, continuous, fixed_window, growing_end, growing_window
 from fedistill.matching.state import State
-from fedistill.methods import distribution, gradient, selection
+from fedistill.methods import distribution, gradient, selection, sketch, teach
 
 Schedule = Callable[[int, int, Reach, torch.Generator], Segment]
 
@@ -25,13 +26,18 @@ Schedule = Callable[[int, int, Reach, torch.Generator], Segment]
 class Method:
     """One line for people, its source, and the parts that it is made of.
 
-    step: one iteration, in place. schedule, mask, shape, line, overlap and learned labels belong to trajectory matching.
+    step: one iteration, in place. begin: what is done once before the first. prepare: what the steps need besides, from the
+    configuration and the bundle. schedule, mask, shape, line, overlap and learned labels belong to trajectory matching.
     select: takes real images instead of making any (then there is no step).
+    sees_images: whether it reads real images while it distils; then nothing that it makes can be private by post-processing.
+    sketch, experts: what it needs to be made of the images beforehand.
     """
 
     summary: str
     source: str
     step: Callable[[Matching, State], None] | None = None
+    begin: Callable[[Matching, State], None] | None = None
+    prepare: Callable[[Config, Bundle], Any] | None = None
     select: Callable[[Matching, Tensor, torch.Generator], Tensor] | None = None
     schedule: Schedule | None = None
     soft_labels: bool = False
@@ -41,18 +47,16 @@ class Method:
     line: bool = False
     augments: bool = True
     experts: bool = True
-
-    @property
-    def sees_images(self) -> bool:
-        """Whether it reads real images after expert training: then nothing it makes can be private by post-processing."""
-        return self.schedule is None
+    sketch: bool = False
+    sees_images: bool = False
 
     @property
     def learns_labels(self) -> bool:
         return self.soft_labels and self.schedule is not None
 
 
-_matching = partial(Method, step=trajectory.iterate)
+_matching = partial(Method, step=trajectory.iterate, begin=trajectory.calibrate)
+_reading = partial(Method, sees_images=True)
 
 METHODS: dict[str, Method] = {
     "mtt": _matching(
@@ -91,48 +95,63 @@ METHODS: dict[str, Method] = {
         schedule=continuous,
         line=True,
     ),
-    "dc": Method(
+    "dc": _reading(
         summary="gradient matching; reads real images",
         source="Zhao, Mopuri, Bilen, ICLR 2021, arXiv 2006.05929",
         step=gradient.step,
         augments=False,
         experts=False,
     ),
-    "dsa": Method(
+    "dsa": _reading(
         summary="gradient matching with siamese augmentation; reads real images",
         source="Zhao and Bilen, ICML 2021, arXiv 2102.08259",
         step=gradient.step,
         experts=False,
     ),
-    "dm": Method(
+    "dm": _reading(
         summary="distribution matching: mean features of random networks; reads real images",
         source="Zhao and Bilen, WACV 2023, arXiv 2110.04181",
         step=partial(distribution.step, features=distribution.random_network, distance=distribution.means),
         experts=False,
     ),
-    "cf": Method(
+    "cf": _reading(
         summary="distribution matching: characteristic functions of the experts' features; reads real images",
         source="Wang et al. (NCFM), CVPR 2025, arXiv 2502.20653, without its sampling network",
         step=partial(distribution.step, features=distribution.between_experts, distance=distribution.characteristic),
     ),
-    "random": Method(
+    "sketch": Method(
+        summary="one pass over the images to a vector per class, to which the set is fitted; can be private with little noise",
+        source="random features: Rahimi and Recht, NeurIPS 2007; noise: DP-MERF, Harder et al., AISTATS 2021",
+        step=sketch.step,
+        prepare=sketch.prepare,
+        experts=False,
+        sketch=True,
+    ),
+    "teach": Method(
+        summary="function-space matching: students of the set answer as the experts do on public phantoms",
+        source="meta-learning of a set: Wang et al., arXiv 1811.10959; teacher and probes are ours",
+        step=teach.step,
+        begin=teach.begin,
+        prepare=teach.probes_of,
+    ),
+    "random": _reading(
         summary="random real images: the yardstick, never to be sent",
         source="-",
         select=selection.random,
         experts=False,
     ),
-    "random-soft": Method(
+    "random-soft": _reading(
         summary="random real images with the experts' opinion as soft labels: the yardstick of methods with soft labels",
         source="Qin et al. 2024, arXiv 2406.10485",
         select=selection.random,
         soft_labels=True,
     ),
-    "k-centre": Method(
+    "k-centre": _reading(
         summary="real images that cover the features of their class: a yardstick, never to be sent",
         source="Sener and Savarese, ICLR 2018, arXiv 1708.00489",
         select=selection.k_centre,
     ),
-    "herding": Method(
+    "herding": _reading(
         summary="real images whose mean feature is that of their class: a yardstick, never to be sent",
         source="Welling, ICML 2009",
         select=selection.herding,

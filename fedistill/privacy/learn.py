@@ -1,0 +1,150 @@
+"""The private part of a site's work: everything here is planned, paid for on the ledger, and only then done.
+
+What it leaves behind in the folder (noisy counts, private experts or a noisy sketch) is all that distillation is given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Split
+from fedistill.experts.train import Task, load_trajectory
+from fedistill.files import read_json, read_tensors, write_json, write_tensors
+from fedistill.matching.problem import membership
+from fedistill.methods import sketch
+from fedistill.methods.registry import method_of
+from fedistill.models.loss import targets_of
+from fedistill.privacy.accounting import Accounted, Mechanism
+from fedistill.privacy.denoise import denoise
+from fedistill.privacy.dpsgd import records_by_unit, train_private_experts
+from fedistill.privacy.ledger import Cap, Ledger
+from fedistill.privacy.noise import noisy
+from fedistill.privacy.plan import Plan, expert_steps, plan_of, records_of
+
+HEAVIEST = 10.0  # class weight
+
+
+def learn(
+    config: Config, task: Task, train: Split, folder: Path, *, site: str, ledger: Path, cap: Cap | None, until: float
+) -> tuple[int, int]:
+    """Work until the clock says `until`: (steps done, steps in total). A call goes on where the last one stopped.
+
+    The whole plan is on the ledger, durably, before a record is read. Work that a kill interrupts is done again with fresh
+    noise, and only what is finished is ever used: the plan covers one use of each mechanism.
+    Raises `FedistillError` where the plan is impossible, or more than the ledger's `cap` has left.
+    """
+    plan = _plan(config, train, folder)
+    key = f"{folder.name}/{_word(config)}"
+    book = Ledger(ledger)
+    book.spend(key=key, data=site, unit=plan.unit, what=_word(config), mechanisms=list(plan.mechanisms), cap=cap)
+    records = records_by_unit(train, plan.unit)
+    if method_of(config).sketch:
+        file = sketch_file(folder)
+        if not file.exists():
+            sums = sketch.sketch(config, task, train.images, _targets(train, task), records)
+            write_tensors(file, {"sums": noisy(sums, plan["sketch"])}, {})
+        return 1, 1
+    counts = _counts(task, train, folder, records, plan["counts"])
+    weights = weights_of(counts, len(records), task.kind) if config.class_weights else torch.ones(task.classes)
+    return train_private_experts(
+        config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until
+    )
+
+
+def read_plan(config: Config, folder: Path) -> Plan:
+    """The plan that was carried out in `folder`."""
+    stored = read_json(_plan_file(config, folder))
+    return Plan(
+        unit=stored["unit"],
+        records=stored["records"],
+        mechanisms=tuple(Mechanism(**m) for m in stored["mechanisms"]),
+        first=Accounted(**stored["first"]),
+        second=Accounted(**stored["second"]) if stored["second"] else None,
+    )
+
+
+def private_counts(config: Config, folder: Path) -> list[int]:
+    """Images per class as far as they were paid for; 0 where the noise is larger than the count."""
+    plan = read_plan(config, folder)
+    if method_of(config).sketch:
+        counts = read_tensors(sketch_file(folder))[0]["sums"][:, -1] / sketch.COUNT_WEIGHT
+        noise = plan["sketch"].noise_multiplier * sketch.NORM / sketch.COUNT_WEIGHT
+    else:
+        counts = read_tensors(_counts_file(folder))[0]["counts"]
+        noise = plan["counts"].noise_multiplier
+    return [round(n) if n > noise else 0 for n in counts.tolist()]
+
+
+def private_trajectories(config: Config, task: Task, folder: Path) -> list[Tensor]:
+    """The trajectories `(T+1, P)` that matching sees, after `config.denoise`."""
+    plan, last = read_plan(config, folder), expert_steps(config) // config.checkpoint_every
+    sgd = plan["dp-sgd"]
+    paths = [load_trajectory(folder, e, last) for e in range(config.experts)]
+    return denoise(
+        paths,
+        task.network(config.model, config).sizes,
+        how=config.denoise,
+        step_noise=config.dp_lr * sgd.noise_multiplier * sgd.clip_norm / (sgd.sample_rate * plan.records),
+        every=config.checkpoint_every,
+    )
+
+
+def private_sketch(folder: Path) -> Tensor:
+    return read_tensors(sketch_file(folder))[0]["sums"]
+
+
+def sketch_file(folder: Path) -> Path:
+    return folder / "private-sketch.safetensors"
+
+
+def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
+    """Weights `(K,)` against imbalance out of noisy counts: at most 10, mean about 1 over the images."""
+    n = counts.clamp_min(1.0)
+    if kind == "multilabel":
+        return ((records - n) / n).clamp(1 / HEAVIEST, HEAVIEST)
+    weights = (n.sum() / (len(n) * n)).clamp(max=HEAVIEST)
+    return weights / ((weights * n).sum() / n.sum())
+
+
+def _plan(config: Config, train: Split, folder: Path) -> Plan:
+    file = _plan_file(config, folder)
+    if not file.exists():
+        plan = plan_of(config, records_of(train, config.unit))
+        first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
+        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second}
+        write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
+    return read_plan(config, folder)
+
+
+def _word(config: Config) -> str:
+    return "sketch" if method_of(config).sketch else "experts"
+
+
+def _plan_file(config: Config, folder: Path) -> Path:
+    return folder / f"plan-{_word(config)}.json"
+
+
+def _counts_file(folder: Path) -> Path:
+    return folder / "private-counts.safetensors"
+
+
+def _counts(task: Task, train: Split, folder: Path, records: list[Tensor], mechanism: Mechanism) -> Tensor:
+    """Noisy images per class `(K,)`: a record counts 1 in all, spread over the classes of its images."""
+    file = _counts_file(folder)
+    if not file.exists():
+        member = torch.nn.functional.normalize(_targets_by_class(train, task), dim=1)
+        counts = torch.stack([member[record].mean(0) for record in records]).sum(0)
+        write_tensors(file, {"counts": noisy(counts, mechanism)}, {})
+    return read_tensors(file)[0]["counts"]
+
+
+def _targets_by_class(train: Split, task: Task) -> Tensor:
+    return membership(_targets(train, task), task.kind)[:, : task.classes]
+
+
+def _targets(train: Split, task: Task) -> Tensor:
+    return targets_of(train.labels, task.classes, task.kind)

@@ -1,0 +1,99 @@
+"""What a site is going to do to its records, decided and paid for before it looks at one of them.
+
+A plan follows from the settings and the number of records, which is declared public (class counts are not). Neighbouring
+data sets differ in one record that is blanked out: it then adds nothing to any sum, and the number of records stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedistill.config import Config
+from fedistill.data.dataset import Split
+from fedistill.errors import FedistillError
+from fedistill.methods import sketch
+from fedistill.methods.registry import method_of
+from fedistill.privacy.accounting import Accounted, Mechanism, agree, auto_delta, calibrate, cross_check, epsilon_of
+
+COUNT_NOISE = 6.0  # noise of class counts, in units of what one release of the whole epsilon takes: 1 % of the budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Mechanisms in the order of their use. epsilon: what the accountant says of them, at most what was asked for.
+
+    second: the other accountant's word, where it is installed.
+    """
+
+    unit: str
+    records: int
+    mechanisms: tuple[Mechanism, ...]
+    first: Accounted
+    second: Accounted | None
+
+    def __getitem__(self, name: str) -> Mechanism:
+        return next(m for m in self.mechanisms if m.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The public part of a privacy statement."""
+        second = {"epsilon": self.second.epsilon, "accountant": self.second.accountant} if self.second else None
+        return {
+            "epsilon": self.first.epsilon,
+            "delta": self.first.delta,
+            "unit": self.unit,
+            "adjacency": "zero-out",
+            "accountant": self.first.accountant,
+            "second": second,
+            "mechanisms": [m.to_dict() for m in self.mechanisms],
+        }
+
+
+def records_of(train: Split, unit: str) -> int:
+    """Images, or patients. Raises `FedistillError` where patients are asked for and the data do not name them."""
+    if unit == "image":
+        return len(train)
+    patients = getattr(train, "patient", None)
+    if patients is None:
+        raise FedistillError(
+            "no-patients", "unit=patient needs to know whose image each one is: give a manifest with a patient column."
+        )
+    return len(patients.unique())
+
+
+def plan_of(config: Config, records: int) -> Plan:
+    """The plan of `config` for a site of so many records.
+
+    Raises `FedistillError` where no noise can meet epsilon, and where the accountants do not agree.
+    """
+    delta = config.delta or auto_delta(records)
+    if delta >= 1 / max(records, 1):
+        raise FedistillError(
+            "large-delta", f"delta={delta:g} is not below 1/{records}, the share of one record: lower it, or leave it out."
+        )
+    whole = calibrate(config.epsilon, delta, sample_rate=1.0, steps=1)
+    if method_of(config).sketch:
+        mechanisms = [
+            Mechanism(name="sketch", sample_rate=1.0, noise_multiplier=whole, steps=1, clip_norm=sketch.NORM)
+        ]
+    else:
+        counts = Mechanism(name="counts", sample_rate=1.0, noise_multiplier=COUNT_NOISE * whole, steps=1)
+        rate, steps = config.sample_rate, config.experts * expert_steps(config)
+        sigma = calibrate(config.epsilon, delta, sample_rate=rate, steps=steps, before=[counts])
+        sgd = Mechanism(
+            name="dp-sgd", sample_rate=rate, noise_multiplier=sigma, steps=steps, clip_norm=config.clip_norm
+        )
+        mechanisms = [counts, sgd]
+    first, second = epsilon_of(mechanisms, delta), cross_check(mechanisms, delta)
+    if second is not None and not agree(first, second):
+        raise FedistillError(
+            "accountants-differ",
+            f"{first.accountant} says epsilon={first.epsilon:.3f} and {second.accountant} {second.epsilon:.3f}: "
+            "nothing is released on such a claim.",
+        )
+    return Plan(unit=config.unit, records=records, mechanisms=tuple(mechanisms), first=first, second=second)
+
+
+def expert_steps(config: Config) -> int:
+    """Steps of a private expert: whole checkpoints, all of them, whatever part of a trajectory the method reads."""
+    return config.expert_steps // config.checkpoint_every * config.checkpoint_every
