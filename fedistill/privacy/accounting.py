@@ -12,6 +12,7 @@ import functools
 import math
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -70,7 +71,7 @@ def epsilon_of(mechanisms: Sequence[Mechanism], delta: float) -> Accounted:
     """
     if not mechanisms:
         return Accounted(epsilon=0.0, delta=delta, accountant="none")
-    history = tuple((m.noise_multiplier, m.sample_rate, m.steps) for m in mechanisms)
+    history = _history(mechanisms)
     found, name = _rdp(history, delta), "RDP"
     if found is None or found < HOPELESS:
         tighter = _prv(history, delta)
@@ -129,6 +130,14 @@ def calibrate(
         else:
             high = middle
     return math.ceil(high * 1e4) / 1e4
+
+
+def _history(mechanisms: Sequence[Mechanism]) -> tuple[tuple[float, float, int], ...]:
+    """Noise, rate and steps; equal sums in one place, so that the answer depends on no order and forty rounds cost one."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for m in mechanisms:
+        steps[m.noise_multiplier, m.sample_rate] += m.steps
+    return tuple((sigma, rate, count) for (sigma, rate), count in sorted(steps.items()))
 
 
 @functools.lru_cache(maxsize=4096)
