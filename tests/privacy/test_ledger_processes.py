@@ -123,3 +123,21 @@ def test_a_kill_between_the_entry_and_its_head_is_repaired(ledger: Ledger, monke
     tamper(ledger, "DELETE FROM entries WHERE position = 3")
     with fails("broken-ledger", "newest entries are missing"):
         ledger.verify()
+
+
+def test_a_head_that_is_stored_late_is_not_an_old_one(ledger: Ledger, monkeypatch) -> None:
+    others, connect = ["b", "c"], sqlite3.connect
+
+    class Overtaken(sqlite3.Connection):
+        """Between the entry and its head, other processes spend."""
+
+        def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+            done = super().execute(statement, *values)
+            if statement == "COMMIT" and others:
+                spend(ledger, others.pop())
+            return done
+
+    monkeypatch.setattr(sqlite3, "connect", lambda *about, **how: connect(*about, **how, factory=Overtaken))
+    spend(ledger, "a")
+    assert not others
+    assert (ledger.verify().count, stored(ledger)) == (3, 3)
