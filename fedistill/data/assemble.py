@@ -19,13 +19,16 @@ _SPLIT_SEED = 70_10_20
 
 @dataclass(frozen=True)
 class Part:
-    """One split as arrays: images `(n, H, W, C)` or `(n, D, H, W, C)` uint8, labels `(n,)` or 0 and 1 `(n, K)`, sites
-    `(n,)` and, if known, the patient of each image as an integer `(n,)`; images that share it are never put in different
-    splits."""
+    """One split as arrays: images `(n, H, W, C)` or `(n, D, H, W, C)` uint8, labels `(n,)` or 0 and 1 `(n, K)`, sites `(n,)`.
+
+    together: images that share a number `(n,)` are never put in different splits. patient: the patient of each image as a
+    number `(n,)`, where all are known; stands in for `together`.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     site: np.ndarray
+    together: np.ndarray | None = None
     patient: np.ndarray | None = None
 
     @property
@@ -41,8 +44,8 @@ class Part:
 
     def take(self, index: np.ndarray) -> Part:
         """The images at `index`, in that order."""
-        patient = None if self.patient is None else self.patient[index]
-        return Part(self.images[index], self.labels[index], self.site[index], patient)
+        together, patient = (None if a is None else a[index] for a in (self.together, self.patient))
+        return Part(self.images[index], self.labels[index], self.site[index], together, patient)
 
 
 def assemble(
@@ -103,7 +106,8 @@ def fill_splits(name: str, parts: Mapping[str, Part]) -> dict[str, Part]:
 def _cut(part: Part, shares: Mapping[str, int]) -> dict[str, np.ndarray]:
     """Positions of each new split: whole patients, class by class, each to the split that lacks most."""
     n = len(part.labels)
-    patient = np.arange(n) if part.patient is None else part.patient
+    known = (numbers for numbers in (part.together, part.patient) if numbers is not None)
+    patient = next(known, np.arange(n))
     order = np.random.default_rng(_SPLIT_SEED).permutation(n)
     groups: dict[int, list[int]] = {}
     for i in order.tolist():
@@ -131,4 +135,5 @@ def _cut(part: Part, shares: Mapping[str, int]) -> dict[str, np.ndarray]:
 def _tensors(part: Part) -> Split:
     images = torch.from_numpy(np.ascontiguousarray(part.images)).movedim(-1, 1).contiguous()
     labels = torch.from_numpy(part.labels.astype(np.int64))
-    return Split(images, labels, torch.from_numpy(part.site.astype(np.int64)))
+    patient = None if part.patient is None else torch.from_numpy(part.patient.astype(np.int64))
+    return Split(images, labels, torch.from_numpy(part.site.astype(np.int64)), patient)

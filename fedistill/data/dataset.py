@@ -19,18 +19,22 @@ class Split:
     """Images `(n, C, H, W)` or volumes `(n, C, D, H, W)` uint8, labels int64, and the site of each image `(n,)` int64.
 
     labels: a class or grade `(n,)`, or 0 and 1 per finding `(n, K)` where an image may have several.
+    patient: where every image's patient is known, a number per patient `(n,)` int64, the same at all sites. It stands for a
+        patient within this split alone, and never leaves the site.
     """
 
     images: Tensor
     labels: Tensor
     site: Tensor
+    patient: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, index: Tensor) -> Split:
         """The images at `index` `(k,)` int64, in that order."""
-        return Split(self.images[index], self.labels[index], self.site[index])
+        patient = None if self.patient is None else self.patient[index]
+        return Split(self.images[index], self.labels[index], self.site[index], patient)
 
     def counts(self, classes: int) -> list[int]:
         """Images of each class, or with each finding."""

@@ -76,10 +76,10 @@ def from_entries(name: str, entries: Sequence[Entry], classes: set[str], image_s
         else:
             labels[i] = class_of[entry.label]
     site = np.array([site_of[entry.site] for entry in entries], dtype=np.int64)
-    # An image without a patient is its own group.
+    # An image without a patient is its own group, but no patient: it may show anyone.
     who = [entry.patient or f"\0{i}" for i, entry in enumerate(entries)]
-    patient = np.unique(np.array(who), return_inverse=True)[1] if entries else np.zeros(0, dtype=np.int64)
-    whole = Part(pixels, labels, site, patient)
+    together = np.unique(np.array(who), return_inverse=True)[1] if entries else np.zeros(0, dtype=np.int64)
+    whole = Part(pixels, labels, site, together, together if all(entry.patient for entry in entries) else None)
     parts = {"train": whole}
     if any(entry.split for entry in entries):
         split = np.array([entry.split for entry in entries])

@@ -4,7 +4,7 @@ path      relative to the manifest
 label     name of the class; with task=multilabel the findings, separated by semicolons, or nothing
 split     optional: train, val or test
 site      optional: name of the hospital or device
-patient   optional: images of one patient stay in one split
+patient   optional: images of one patient stay in one split; where no cell is empty, it can be the unit of privacy
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
     {train,val,test}_images   (n, H, W) or (n, H, W, 3), volumes (n, D, H, W) or (n, D, H, W, 3); uint8, or floats in 0..1
     {train,val,test}_labels   (n, 1) or (n,) integers from 0; (n, K) of 0 and 1 where an image may have several findings
     {train,val,test}_site     optional, (n, 1) or (n,) integers from 0
-    {train,val,test}_group    optional, one patient (or other group) per image, kept together when splits are cut
+    {train,val,test}_patient  optional, one patient per image (numbers or texts, the same at all sites), kept together when
+                              splits are cut; can be the unit of privacy
+    {train,val,test}_group    optional instead, another group per image that is kept together when splits are cut
     class_names, site_names   optional, one text per class (or finding) or site
     modality                  optional, one text
 
@@ -40,6 +42,7 @@ def load_npz(
     """
     file = _Archive(path)
     parts = {key: _part(file, key) for key in SPLITS if key == "train" or f"{key}_images" in file.names}
+    _check_patients(file, parts)
     shapes = {part.images.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
         raise file.error(f"the splits hold images of different shapes ({', '.join(map(str, sorted(shapes)))})")
@@ -116,10 +119,28 @@ def _part(file: _Archive, split: str) -> Part:
     n = len(images)
     labels = _labels(file, f"{split}_labels", n)
     site = _integers(file, f"{split}_site", n) if f"{split}_site" in file.names else np.zeros(n, dtype=np.int64)
-    patient = None
-    if f"{split}_group" in file.names:
-        patient = np.unique(file.column(f"{split}_group", n), return_inverse=True)[1]
-    return Part(images, labels, site, patient)
+    return Part(images, labels, site, _numbers(file, f"{split}_group", n), _numbers(file, f"{split}_patient", n))
+
+
+def _numbers(file: _Archive, key: str, length: int) -> np.ndarray | None:
+    """The values of a column, numbered from 0; None where the file does not hold it."""
+    if key not in file.names:
+        return None
+    column = file.column(key, length)
+    if column.dtype.kind == "f" and not np.isfinite(column).all():
+        raise file.error(
+            f"'{key}' holds NaN or infinite values"
+        )  # NaN equals nothing: each would be a group of its own
+    return np.unique(column, return_inverse=True)[1]
+
+
+def _check_patients(file: _Archive, parts: dict[str, Part]) -> None:
+    for key, part in parts.items():
+        if part.patient is not None and part.together is not None:
+            raise file.error(f"both '{key}_patient' and '{key}_group' are given: keep the patients")
+    absent = [key for key, part in parts.items() if part.patient is None]
+    if absent and len(absent) < len(parts):
+        raise file.error(f"the array '{absent[0]}_patient' is missing: give the patients of all splits or of none")
 
 
 def _images(file: _Archive, key: str) -> np.ndarray:

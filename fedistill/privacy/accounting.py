@@ -42,7 +42,8 @@ class Mechanism:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (0 < self.sample_rate <= 1 and self.noise_multiplier > 0 and self.steps > 0 and self.clip_norm > 0):
+        bounded = 0 < self.noise_multiplier < math.inf and 0 < self.clip_norm < math.inf
+        if not (0 < self.sample_rate <= 1 and bounded and self.steps > 0):
             raise ValueError(f"not a mechanism: {self}")
 
     def to_dict(self) -> dict[str, Any]:

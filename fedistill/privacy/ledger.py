@@ -186,7 +186,7 @@ class Ledger:
                 # More than FULL, with which a commit can be undone by a loss of power right after it.
                 base.execute("PRAGMA synchronous = EXTRA")
                 yield base
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # damaged bytes reach even SQLite's own messages
             if getattr(error, "sqlite_errorname", "").startswith(_SURROUNDINGS):
                 raise FedistillError(
                     "unusable-ledger",
@@ -195,7 +195,8 @@ class Ledger:
                 ) from None
             raise FedistillError(
                 "broken-ledger",
-                f"The file {self.path} is no ledger, or a damaged one ({error}): put back a copy of it and of its head.",
+                f"The file {self.path} is no ledger, or a damaged one ({' '.join(str(error).split())}): "
+                "put back a copy of it and of its head.",
             ) from None
         except OSError as error:
             raise FedistillError(

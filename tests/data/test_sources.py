@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,6 +103,45 @@ def test_groups_stay_together_when_splits_are_cut(tmp_path):
     assert sum(map(len, held)) == 50
     assert set.union(*held) == set(range(50))
     assert [len(split) for split in data.splits.values()] == pytest.approx([140, 20, 40], abs=8)
+    assert data.train.patient is None  # a group may be less than a patient
+
+
+def test_npz_patients(tmp_path):
+    none = dict.fromkeys(("val_images", "val_labels", "test_images", "test_labels"))
+    shade = np.arange(200) // 4
+    images = np.broadcast_to(shade[:, None, None], (200, 8, 8)).astype(np.uint8)
+    content = arrays(200, **none) | {"train_images": images, "train_labels": shade % 2}
+    content["train_site"] = np.arange(200) % 2  # every patient was at both sites
+    names = np.array([f"p{s}" for s in shade])[:, None]
+    data = load(npz(tmp_path, content | {"train_patient": names}))
+    for split in data.splits.values():
+        shades = split.images[:, 0, 0, 0]
+        assert split.patient.dtype == torch.int64
+        assert torch.equal(split.patient[:, None] == split.patient, shades[:, None] == shades)
+    held = [set(split.images[:, 0, 0, 0].tolist()) for split in data.splits.values()]
+    assert sum(map(len, held)) == 50
+    index = torch.tensor([7, 3, 3])
+    assert torch.equal(data.train.take(index).patient, data.train.patient[index])
+    assert torch.equal(data.at(dict.fromkeys(data.splits, index), "north").train.patient, data.train.patient[index])
+    assert torch.equal(load(tmp_path / "toy.npz", image_size=4).train.patient, data.train.patient)
+    # Whoever compares what two sites hold must not be told who is whose patient.
+    assert data.fingerprint == replace(data, train=replace(data.train, patient=None)).fingerprint
+    fails(npz(tmp_path, content | {"train_patient": names[:7]}), "'train_patient' has 7 entries for 200 images")
+    both = {"train_patient": names, "train_group": names}
+    fails(npz(tmp_path, content | both), "both 'train_patient' and 'train_group' are given")
+    lonely = np.where(shade < 9, np.nan, shade)
+    fails(npz(tmp_path, content | {"train_patient": lonely}), "'train_patient' holds NaN")
+    fails(npz(tmp_path, arrays(200) | {"train_patient": names}), "'val_patient' is missing")
+
+
+def test_npz_without_patients(tmp_path):
+    assert all(split.patient is None for split in load(npz(tmp_path, arrays())).splits.values())
+    whole = arrays(
+        train_patient=np.arange(20) // 2, val_patient=np.arange(10)[::-1] + 50, test_patient=np.zeros(10, dtype=int)
+    )
+    train, val, test = (split.patient.tolist() for split in load(npz(tmp_path, whole)).splits.values())
+    assert train == sorted(train)
+    assert (len(set(train)), len(set(val)), len(set(test))) == (10, 10, 1)
 
 
 def several(n, findings=3):
@@ -516,6 +556,20 @@ def test_manifest_keeps_patients_together(tmp_path):
     # Pictures of cats have shades 0..39 and of dogs 20..59: the shades from 40 on are dogs alone.
     for patient in range(5, 10):
         assert len(set.union(*(home[20 + i] for i in range(4 * patient, 4 * patient + 4) if 20 + i >= 40))) == 1
+    assert data.train.patient is None  # the first image of each class may show anyone
+
+
+def test_manifest_patients(tmp_path):
+    folder(tmp_path, n=20)
+    rows = [(f"cat/{i}.png", "ab"[i % 2], f"p{i // 4}", "xy"[i % 2]) for i in range(20)]
+    for split in (None, ["train"] * 12 + ["val"] * 4 + ["test"] * 4):
+        header = ("path", "label", "patient", "site") + (() if split is None else ("split",))
+        lines = rows if split is None else [(*row, key) for row, key in zip(rows, split, strict=True)]
+        data = load(manifest(tmp_path, lines, header))
+        for part in data.splits.values():
+            who = part.images[:, 0, 0, 0] // 4
+            assert torch.equal(part.patient[:, None] == part.patient, who[:, None] == who)
+    assert load(manifest(tmp_path, [row[:2] for row in rows])).train.patient is None
 
 
 def test_manifest_with_several_findings(tmp_path):
