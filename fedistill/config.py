@@ -72,9 +72,7 @@ class Config:
     expert_lr: float = _key(0.03, "learning rate of the experts", scope="experts", low=0.0)
     checkpoint_every: int = _key(10, "expert steps between checkpoints", scope="experts", low=1)
 
-    sketch_networks: int = _key(
-        8, "public random networks whose features a sketch is made of", scope="experts", low=1
-    )
+    sketch_networks: int = _key(8, "public random networks whose features a sketch is made of", scope="experts", low=1)
     sketch_frequencies: int = _key(256, "frequencies per network of a sketch", scope="experts", low=1)
     sketch_scale: float = _key(1.0, "deviation of the frequencies of a sketch", scope="experts", low=1e-3)
     sketch_augmentations: int = _key(4, "versions of each real image that a sketch averages", scope="experts", low=1)
@@ -212,8 +210,13 @@ class Config:
 
     def resolved(self) -> Config:
         """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""
-        method = recommended_method(self.ipc, self.rounds) if self.method == "auto" else self.method
-        filled = {k: v for k, v in PRESETS[self.preset].items() if getattr(self, k) == 0}
+        method = self.method
+        if method == "auto":
+            method = (
+                "sketch" if self.privacy == "dp" and self.rounds == 1 else recommended_method(self.ipc, self.rounds)
+            )
+        preset = PRESETS[self.preset] | (PRIVATE if self.privacy == "dp" else {})
+        filled = {k: v for k, v in preset.items() if getattr(self, k) == 0}
         if "iterations" in filled:
             filled["iterations"] *= LIGHT.get(method, 1)
         return Config(**(self.to_dict() | filled | {"method": method}))
@@ -257,6 +260,9 @@ PRESETS: dict[str, dict[str, int]] = {
         "eval_steps": 1000,
     },
 }
+
+# Every step and every expert of private training costs noise: few of them, whatever the preset.
+PRIVATE = {"experts": 1, "expert_steps": 120}
 
 # Iterations of these methods for one of trajectory matching: they cost that much less, so a preset asks for more of them.
 LIGHT = {"sketch": 5, "dm": 5, "cf": 5, "dc": 2, "dsa": 2}

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from fedistill.experts.train import Task
 from fedistill.matching.problem import Bundle, Matching, membership
 from fedistill.matching.state import State
 from fedistill.methods.distribution import adam
-from fedistill.models.augment import augment, draw
+from fedistill.models.augment import Draw, augment, draw
 from fedistill.models.flat import Flat, device_of
 from fedistill.seeding import generator
 
@@ -88,7 +87,7 @@ def sketch(config: Config, task: Task, images: Tensor, targets: Tensor, records:
     device = device_of(config.device)
     public, operations = embedding_of(config, task, device), task.operations(config)
     rng = generator(config.seed, "sketch-augmentations")
-    shown = [draw(("none",), rng)] + [draw(operations, rng) for _ in range(config.sketch_augmentations - 1)]
+    shown = [Draw("none")] + [draw(operations, rng) for _ in range(config.sketch_augmentations - 1)]
     share = torch.zeros(len(images))
     for record in records:
         share[record] = 1 / len(record)
@@ -96,9 +95,8 @@ def sketch(config: Config, task: Task, images: Tensor, targets: Tensor, records:
     total = torch.zeros((member.shape[1], public.networks * public.length + 1), device=device)
     for chunk in torch.arange(len(images)).split(CHUNK):
         x = normalise(images[chunk], task.modality).to(device)
-        z = sum(
-            torch.cat([public.of(r, augment(x, op)) for r in range(public.networks)], 1) for op in shown
-        ) / (len(shown) * math.sqrt(public.networks))
+        shares = [torch.cat([public.of(r, augment(x, op)) for r in range(public.networks)], 1) for op in shown]
+        z = torch.stack(shares).mean(0) / math.sqrt(public.networks)
         z = torch.cat([z, torch.full((len(z), 1), COUNT_WEIGHT, device=device)], 1)
         total += member[chunk].to(device).T @ z
     return total.cpu()

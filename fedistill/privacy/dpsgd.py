@@ -31,7 +31,7 @@ from fedistill.models.loss import targets_of
 from fedistill.models.nets import build
 from fedistill.privacy.accounting import Mechanism
 from fedistill.privacy.noise import secret_generator
-from fedistill.privacy.plan import expert_steps
+from fedistill.privacy.plan import expert_steps, patients_of
 from fedistill.seeding import generator
 
 CHUNK = 64  # images whose gradients are in memory at the same time
@@ -161,7 +161,7 @@ def records_by_unit(train: Split, unit: str) -> list[Tensor]:
     """The positions of the images of each record."""
     if unit == "image":
         return list(torch.arange(len(train))[:, None])
-    patients = train.patient
+    patients = patients_of(train)
     return [torch.nonzero(patients == p).flatten() for p in patients.unique()]
 
 

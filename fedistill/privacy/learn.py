@@ -39,8 +39,15 @@ def learn(
     """
     plan = _plan(config, train, folder)
     key = f"{folder.name}/{_word(config)}"
-    book = Ledger(ledger)
-    book.spend(key=key, data=site, unit=plan.unit, what=_word(config), mechanisms=list(plan.mechanisms), cap=cap)
+    Ledger(ledger).spend(
+        key=key,
+        data=site,
+        unit=plan.unit,
+        what=_word(config),
+        delta=plan.first.delta,
+        mechanisms=plan.mechanisms,
+        cap=cap,
+    )
     records = records_by_unit(train, plan.unit)
     if method_of(config).sketch:
         file = sketch_file(folder)
@@ -50,9 +57,7 @@ def learn(
         return 1, 1
     counts = _counts(task, train, folder, records, plan["counts"])
     weights = weights_of(counts, len(records), task.kind) if config.class_weights else torch.ones(task.classes)
-    return train_private_experts(
-        config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until
-    )
+    return train_private_experts(config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until)
 
 
 def read_plan(config: Config, folder: Path) -> Plan:

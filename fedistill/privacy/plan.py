@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.errors import FedistillError
@@ -51,14 +53,16 @@ class Plan:
 
 def records_of(train: Split, unit: str) -> int:
     """Images, or patients. Raises `FedistillError` where patients are asked for and the data do not name them."""
-    if unit == "image":
-        return len(train)
-    patients = getattr(train, "patient", None)
-    if patients is None:
+    return len(train) if unit == "image" else len(patients_of(train).unique())
+
+
+def patients_of(train: Split) -> Tensor:
+    """The patient of each image `(n,)`. Raises `FedistillError` where the data do not say."""
+    if train.patient is None:
         raise FedistillError(
             "no-patients", "unit=patient needs to know whose image each one is: give a manifest with a patient column."
         )
-    return len(patients.unique())
+    return train.patient
 
 
 def plan_of(config: Config, records: int) -> Plan:
@@ -69,13 +73,12 @@ def plan_of(config: Config, records: int) -> Plan:
     delta = config.delta or auto_delta(records)
     if delta >= 1 / max(records, 1):
         raise FedistillError(
-            "large-delta", f"delta={delta:g} is not below 1/{records}, the share of one record: lower it, or leave it out."
+            "large-delta",
+            f"delta={delta:g} is not below 1/{records}, the share of one record: lower it, or leave it out.",
         )
     whole = calibrate(config.epsilon, delta, sample_rate=1.0, steps=1)
     if method_of(config).sketch:
-        mechanisms = [
-            Mechanism(name="sketch", sample_rate=1.0, noise_multiplier=whole, steps=1, clip_norm=sketch.NORM)
-        ]
+        mechanisms = [Mechanism(name="sketch", sample_rate=1.0, noise_multiplier=whole, steps=1, clip_norm=sketch.NORM)]
     else:
         counts = Mechanism(name="counts", sample_rate=1.0, noise_multiplier=COUNT_NOISE * whole, steps=1)
         rate, steps = config.sample_rate, config.experts * expert_steps(config)

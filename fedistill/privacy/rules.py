@@ -20,7 +20,8 @@ def check_private(config: Config) -> None:
         for name in ("epsilon", "delta", "eval_epsilon"):
             if getattr(config, name):
                 raise FedistillError(
-                    "privacy-off", f"{name}={getattr(config, name):g} has no effect without privacy=dp: add --privacy dp."
+                    "privacy-off",
+                    f"{name}={getattr(config, name):g} has no effect without privacy=dp: add --privacy dp.",
                 )
         return
     if not config.epsilon:
@@ -31,13 +32,17 @@ def check_private(config: Config) -> None:
             f"method={config.method}", "it reads real images while it distils: use sketch, teach or trajectory matching"
         )
     if config.init == "real":
-        raise _refused("init=real", "patients' pixels would be in the set, and no noise repairs that: use noise or phantom")
+        raise _refused(
+            "init=real", "patients' pixels would be in the set, and no noise repairs that: use noise or phantom"
+        )
     if config.budget != "equal":
         raise _refused(f"budget={config.budget}", "how many images a class has is private: use equal")
     if config.overlap == "on":
         raise _refused("overlap=on", "its limits are measured on real images: use auto or off")
     if method.sketch and config.rounds > 1:
-        raise FedistillError("not-for-method", f"rounds={config.rounds} needs trajectory matching: use ptm, or one round.")
+        raise FedistillError(
+            "not-for-method", f"rounds={config.rounds} needs trajectory matching: use ptm, or one round."
+        )
     if len({*config.model.split(",")}) > 1:
         raise _refused(f"model={config.model}", "private experts are averaged, which takes one architecture: name one")
 

@@ -10,11 +10,13 @@ from fedistill.experts.train import Task, architectures_of
 from fedistill.matching.problem import check_segment
 from fedistill.methods.registry import method_of
 from fedistill.models.flat import device_of
+from fedistill.privacy.rules import check_private
 
 
 def check_settings(config: Config, task: Task) -> None:
     """Raise `FedistillError` where a setting names nothing, or cannot work on images like these."""
     method = method_of(config)
+    check_private(config)
     device_of(config.device)
     check_segment(config, method)
     if method.experts and config.checkpoint_every > config.expert_steps:

@@ -3,7 +3,8 @@
 Everything lives in the site's work folder, keyed by the site's data and the settings that matter, so a killed process loses
 at most one slice, and runs that differ only after the experts share them:
 
-    <work>/<site>/<data and expert settings>/            experts, facts.json
+    <work>/<site>/ledger.db                              what was spent on this site's records, over all work
+    <work>/<site>/<data and expert settings>/            experts or sketch, facts.json
     <work>/<site>/<data and expert settings>/<settings>/ state.safetensors, progress-<r>.json, round-<r>/ (the released set)
 """
 
@@ -23,16 +24,22 @@ import fedistill
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.public import NORMALISATION, normalise
-from fedistill.experts.train import architectures_of, load_trajectory, train_experts
-from fedistill.files import read_json, write_json
+from fedistill.errors import FedistillError
+from fedistill.experts.train import Task, architectures_of, load_trajectory, train_experts
+from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.distil import check_skips, distil, finished, start, warnings
 from fedistill.matching.overlap import overlap_limit
 from fedistill.matching.problem import Bundle, Matching, Real, horizon, membership, prepare
 from fedistill.matching.state import State, load_state, save_state
 from fedistill.memory import one_thread
+from fedistill.methods import sketch
 from fedistill.methods.registry import Method, method_of
 from fedistill.models.flat import device_of
 from fedistill.models.loss import targets_of
+from fedistill.privacy.learn import learn, private_counts, private_sketch, private_trajectories, read_plan
+from fedistill.privacy.ledger import Cap
+from fedistill.privacy.plan import expert_steps
+from fedistill.privacy.rules import statement_of
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget
 from fedistill.synthetic.set import SyntheticSet
@@ -43,8 +50,8 @@ CURVE_EVERY = 10  # iterations per point of the loss curve
 REAL_IMAGES = "These are real patients' images, selected for comparison: never send them."
 PHASES = ("experts", "distill")
 PRIVACY = (
-    "No formal guarantee: the experts were trained without differential privacy, and a distilled set can reveal facts about the "
-    "images it was made from."
+    "No formal guarantee: it was made without differential privacy, and a distilled set can reveal facts about the images it "
+    "was made from."
 )
 
 
@@ -76,13 +83,15 @@ def advance(
     round: int = 1,
     context: SyntheticSet | None = None,
     run: str = "",
+    cap: Cap | None = None,
 ) -> Progress:
     """Work for about `seconds`, then say how far it got; its phase is "ready" once the set of this round can be released.
 
     data: the site's own part. context: the merged set of the round before, of which the other sites' images are used.
     run: a word for the federated run; runs of several rounds must differ in it, since what a site does in a later round
     depends on the other sites of the run.
-    Raises `FedistillError` where data or settings make the work impossible.
+    cap: the most that may ever be spent on the site's records.
+    Raises `FedistillError` where data or settings make the work impossible, or `cap` forbids it.
     """
     folders, method = _Folders.of(config, data, site, work, run), method_of(config)
     if (folders.release(round) / "manifest.json").exists():
@@ -90,17 +99,22 @@ def advance(
     if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
         check_budget(config, data)
     began, until = time.monotonic(), time.monotonic() + seconds
-    phases = PHASES if method.experts else PHASES[1:]  # others may have trained experts here
+    prepares = method.experts or method.sketch
+    phases = PHASES if prepares else PHASES[1:]  # others may have trained experts here
     spent = {phase: read_json(file) for phase in phases if (file := folders.seconds(phase)).exists()}
     if not folders.facts.exists():
-        checkpoints, done, total = folders.checkpoints, 0, 0
-        if method.experts:
+        task, checkpoints, done, total = task_of(data), folders.checkpoints, 0, 0
+        if config.privacy == "dp":
+            done, total = learn(
+                config, task, data.train, folders.experts, site=site, ledger=folders.ledger, cap=cap, until=until
+            )
+        elif method.experts:
             done, total = train_experts(
-                config, task_of(data), data.train, folders.experts, site=site, checkpoints=checkpoints, until=until
+                config, task, data.train, folders.experts, site=site, checkpoints=checkpoints, until=until
             )
         if done == total:
-            write_json(folders.facts, _facts(config, data, folders.experts, checkpoints))
-        if method.experts:
+            write_json(folders.facts, _facts(config, data, folders))
+        if prepares:
             _spend(folders, spent, "experts", began)
         if done < total or time.monotonic() >= until:
             eta = spent.get("experts", 0.0) * (total - done) / max(done, 1)
@@ -121,9 +135,9 @@ def _distil_slice(
     began: float,
     until: float,
 ) -> Progress:
-    bundle = load_bundle(config, data, folders)
+    bundle = load_bundle(config, task_of(data), folders)
     real = None
-    if config.init == "real" or method.sees_images:
+    if config.privacy == "none" and (config.init == "real" or method.sees_images):
         real = Real(data.train.images, targets_of(data.train.labels, data.classes, data.kind), task_of(data))
     others = None
     if context is not None and set(context.sites) - {site}:
@@ -155,7 +169,7 @@ def _distil_slice(
     )
     if ready:
         write_json(folders.progress(round), progress.__dict__)
-        save_set(quantise(_as_set(config, data, site, matching, state)), folders.release(round))
+        save_set(quantise(_as_set(config, data, site, matching, state, folders)), folders.release(round))
     return progress
 
 
@@ -171,22 +185,38 @@ def has_experts(config: Config, data: Dataset, site: str, work: Path) -> bool:
     return _Folders.of(config, data, site, work, "").facts.exists()
 
 
-def load_bundle(config: Config, data: Dataset, folders: _Folders) -> Bundle:
-    """What the distiller is given. Of `data` only the public task is used: the facts are all that experts left behind."""
-    facts, trained = read_json(folders.facts), config.experts if folders.checkpoints else 0
+def load_bundle(config: Config, task: Task, folders: _Folders) -> Bundle:
+    """What the distiller is given: of the site's images only what experts or a sketch, and the facts, left behind."""
+    facts, method, paths, sums = read_json(folders.facts), method_of(config), [], None
+    if config.privacy == "dp" and method.experts:
+        paths = private_trajectories(config, task, folders.experts)
+    elif method.experts:
+        paths = [load_trajectory(folders.experts, e, folders.checkpoints) for e in range(config.experts)]
+    if method.sketch:
+        private = config.privacy == "dp"
+        sums = private_sketch(folders.experts) if private else read_tensors(folders.sketch)[0]["sums"]
     return Bundle(
-        task=task_of(data),
-        trajectories=tuple(load_trajectory(folders.experts, e, folders.checkpoints) for e in range(trained)),
+        task=task,
+        trajectories=tuple(paths),
         counts=tuple(facts["counts"]),
         overlap_limits=tuple(tuple(row) for row in facts["overlap_limits"]),
         findings=tuple((tuple(row), n) for row, n in facts["findings"]),
+        sketch=sums,
     )
 
 
-def _facts(config: Config, data: Dataset, experts: Path, checkpoints: int) -> dict[str, Any]:
-    """All that matching may know about the images besides the experts: class counts, limits of overlap, label vectors."""
-    task, train = task_of(data), data.train
+def _facts(config: Config, data: Dataset, folders: _Folders) -> dict[str, Any]:
+    """All that matching may know about the images besides the experts: class counts, limits of overlap, label vectors.
+
+    In private work only what was paid for: noisy counts.
+    """
+    task, train, checkpoints = task_of(data), data.train, folders.checkpoints
+    if config.privacy == "dp":
+        return _private_facts(config, task, folders.experts)
     targets = targets_of(train.labels, task.classes, task.kind)
+    if method_of(config).sketch:
+        records = list(torch.arange(len(train))[:, None])
+        write_tensors(folders.sketch, {"sums": sketch.sketch(config, task, train.images, targets, records)})
     facts: dict[str, Any] = {"counts": train.counts(task.classes), "overlap_limits": [], "findings": []}
     if task.kind == "multilabel":
         rows, counts = train.labels.unique(dim=0, return_counts=True)
@@ -195,7 +225,7 @@ def _facts(config: Config, data: Dataset, experts: Path, checkpoints: int) -> di
         return facts
     net, device = task.network(architectures_of(config)[0], config), device_of(config.device)
     first = range(0, config.experts, len(architectures_of(config)))[:3]  # experts of the first architecture
-    paths = [load_trajectory(experts, e, checkpoints).to(device) for e in first]
+    paths = [load_trajectory(folders.experts, e, checkpoints).to(device) for e in first]
     for stage in range(5):
         thetas = [p[stage * (len(p) - 1) // 4] for p in paths]
         row = []
@@ -206,9 +236,32 @@ def _facts(config: Config, data: Dataset, experts: Path, checkpoints: int) -> di
     return facts
 
 
-def _as_set(config: Config, data: Dataset, site: str, matching: Matching, state: State) -> SyntheticSet:
+def _private_facts(config: Config, task: Task, experts: Path) -> dict[str, Any]:
+    counts = private_counts(config, experts)
+    if not any(counts):
+        raise FedistillError(
+            "all-noise",
+            f"No class is larger than the noise that epsilon={config.epsilon:g} takes: the site is too small.",
+        )
+    rows: list[tuple[list[int], int]] = []
+    if task.kind == "multilabel":  # which findings occur together is private: one at a time, and none
+        one_each = torch.cat([torch.eye(task.classes, dtype=torch.int64), torch.zeros(1, task.classes).long()])
+        rows = [
+            (row, config.ipc * task.classes)
+            for row, n in zip(one_each.tolist(), [*counts[: task.classes], 1], strict=True)
+            if n
+        ]
+        counts = counts[: task.classes]
+    return {"counts": counts, "overlap_limits": [], "findings": rows}
+
+
+def _as_set(
+    config: Config, data: Dataset, site: str, matching: Matching, state: State, folders: _Folders
+) -> SyntheticSet:
     mean, std = NORMALISATION[data.modality]
-    statement = REAL_IMAGES if matching.method.select else PRIVACY
+    privacy = {"epsilon": None, "delta": None, "statement": REAL_IMAGES if matching.method.select else PRIVACY}
+    if config.privacy == "dp":
+        privacy = statement_of(config, read_plan(config, folders.experts))
     about = {
         "method": config.method,
         "init": config.init,
@@ -217,7 +270,7 @@ def _as_set(config: Config, data: Dataset, site: str, matching: Matching, state:
         "skipped": state.skipped,
         "replaced_for_overlap": state.replaced,
         "versions": versions(),
-        "privacy": {"epsilon": None, "delta": None, "statement": statement},
+        "privacy": privacy,
     }
     return SyntheticSet(
         images=state.images.cpu(),
@@ -243,17 +296,29 @@ class _Folders:
     experts: Path
     name: str
     checkpoints: int  # of each expert that are used after the first; 0: the method has no use for experts
+    sketched: bool
 
     @staticmethod
     def of(config: Config, data: Dataset, site: str, work: Path, run: str) -> _Folders:
         experts = work / f"site-{quote(site, safe='')}" / f"{data.fingerprint}-{config.key('data', 'experts')}"
         method = method_of(config)
         checkpoints = horizon(config, method) if method.experts else 0
-        return _Folders(experts, config.key("distill") + (f"-{run}" if config.rounds > 1 else ""), checkpoints)
+        if checkpoints and config.privacy == "dp":  # all of a private expert is paid for, so all of it is used
+            checkpoints = expert_steps(config) // config.checkpoint_every
+        name = config.key("distill") + (f"-{run}" if config.rounds > 1 else "")
+        return _Folders(experts, name, checkpoints, method.sketch)
 
     @property
     def facts(self) -> Path:
-        return self.experts / f"facts-{self.checkpoints}.json"
+        return self.experts / f"facts-{'sketch' if self.sketched else self.checkpoints}.json"
+
+    @property
+    def sketch(self) -> Path:
+        return self.experts / "sketch.safetensors"
+
+    @property
+    def ledger(self) -> Path:
+        return self.experts.parent / "ledger.db"
 
     def seconds(self, phase: str) -> Path:
         """A file per phase: jobs that share the experts may distil at the same time."""
