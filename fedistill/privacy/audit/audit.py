@@ -240,7 +240,7 @@ def _notes(result: dict[str, Any], absent: int) -> list[str]:
     top, claimed, copied = result["ceiling"], result["claimed_epsilon"], result["copies"]
     notes = [
         f"This audit could not have shown more than epsilon {top:.2f}: a low bound proves little.",
-        "The unit is one image, added or removed. Intervals treat all pairs of canary and run as independent.",
+        "The unit is one image, added or removed. Intervals take thresholds as given and pairs as independent.",
     ]
     if claimed is None:
         notes.append(

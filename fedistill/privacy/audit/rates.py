@@ -29,6 +29,7 @@ def share(successes: int, trials: int) -> dict[str, float | None]:
 def tpr_at(scores: Tensor, inside: Tensor, fpr: float) -> dict[str, float]:
     """Share of members above the lowest threshold that lets at most a share `fpr` of the others pass, with its interval.
 
+    The interval is of the members alone: that the threshold is an estimate from few others is not in it.
     scores `(n,)`, higher for members; inside `(n,)` bool.
     """
     others = scores[~inside].sort(descending=True).values
