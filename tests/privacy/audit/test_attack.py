@@ -55,6 +55,14 @@ def test_online_finds_an_effect_of_either_sign() -> None:
     assert rates("", offline(seen, inside), inside)["auc"] < 0.2
 
 
+def test_offline_counts_deviations_from_runs_without_the_canary() -> None:
+    seen, inside = world(effect=3.0, runs=64)
+    scores = offline(seen, inside)
+    assert scores[~inside].mean() == pytest.approx(0, abs=0.1)
+    assert scores[~inside].std() == pytest.approx(1, abs=0.1)
+    assert scores[inside].mean() == pytest.approx(3.0, abs=0.2)
+
+
 def test_online_is_the_likelihood_ratio_where_shadows_abound() -> None:
     seen, inside = world(effect=2.0, runs=400, m=6)
     own = torch.stack([seen[~inside[:, i], i].mean() for i in range(6)])
