@@ -103,6 +103,14 @@ def test_as_many_of_each_class_are_compared(phantoms: Dataset) -> None:
     assert look(phantoms, torch.rand(4, 1, 16, 16), phantoms.train, few)["compared"] == 9
 
 
+def test_the_larger_side_is_not_the_nearer_one(phantoms: Dataset) -> None:
+    few, many, rest = (phantoms.train.take(torch.arange(*span)) for span in ((0, 50), (50, 320), (320, 400)))
+    for train, unseen in ((few, many), (many, few)):
+        found = look(phantoms, rest.images.float() / 255, train, unseen)
+        assert 0.3 < found["pixel"]["closer_to_training"] < 0.7
+        assert found["pixel"]["neighbours"]["low"] < 0.5 < found["pixel"]["neighbours"]["high"]
+
+
 def test_without_unseen_images_only_copies_are_counted(phantoms: Dataset) -> None:
     found = look(phantoms, phantoms.train.images[:3].float() / 255, phantoms.train, phantoms.val.take(torch.arange(0)))
     assert found["exact"] == 3
