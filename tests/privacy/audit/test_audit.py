@@ -20,7 +20,8 @@ from fedistill.data.dataset import Dataset
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.privacy.audit import audit as module
-from fedistill.privacy.audit.audit import audit, broken, claim_of
+from fedistill.privacy.audit.audit import _unseen, audit, broken, claim_of
+from fedistill.privacy.audit.canaries import choose, with_canaries
 from fedistill.privacy.audit.onerun import ceiling
 from fedistill.synthetic.set import SyntheticSet, one_hot
 
@@ -162,6 +163,35 @@ def test_a_killed_audit_goes_on(config, data, tmp_path, monkeypatch) -> None:
     for name in ("inclusion.json", "views.json", "copies.png"):
         assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.rglob(name)} == {0o600}
     assert stat.S_IMODE(next(tmp_path.rglob("run-000")).parent.parent.stat().st_mode) == 0o700
+
+
+def test_a_set_is_not_made_again_for_its_attack(config, data, tmp_path, monkeypatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "views", interrupted)
+        audit(config, data, "north", tmp_path, **SIZES)
+    places: list[str] = []
+
+    def noted(*arguments: object) -> SyntheticSet:
+        places.append(str(arguments[3]))
+        return REHEARSE(*arguments)
+
+    monkeypatch.setattr(module, "rehearse", noted)
+    audit(config, data, "north", tmp_path, **SIZES)
+    assert len(places) == 7
+    assert not any(place.endswith("configured/run-000/work") for place in places)
+
+
+def test_unseen_images_are_those_that_the_rehearsal_lacks(data) -> None:
+    chosen = choose(data, 20, "own", 0)
+    inside = torch.arange(20) < 5
+    unseen = _unseen(data, chosen, inside)
+    assert len(unseen) == len(data.val) + len(data.test) + 15
+    trained = {image.numpy().tobytes() for image in with_canaries(data, chosen, inside).train.images}
+    assert not trained & {image.numpy().tobytes() for image in unseen.images}
+    assert len(_unseen(data, choose(data, 20, "phantom", 0), inside)) == len(data.val) + len(data.test)
 
 
 def test_the_control_reads_real_images_without_noise_whatever_is_configured(data) -> None:
