@@ -169,9 +169,11 @@ def test_a_set_is_not_made_again_for_its_attack(config, data, tmp_path, monkeypa
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "views", interrupted)
+    views = module.views
+    monkeypatch.setattr(module, "views", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         audit(config, data, "north", tmp_path, **SIZES)
+    monkeypatch.setattr(module, "views", views)
     places: list[str] = []
 
     def noted(*arguments: object) -> SyntheticSet:
