@@ -1,11 +1,11 @@
-"""The command line: `fedistill simulate | probe | distill | evaluate | bench | methods | options | ledger`."""
+"""The command line: `fedistill simulate | probe | distill | evaluate | bench | audit | ledger | release | methods | options`."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,27 @@ from rich.table import Table
 
 from fedistill import __version__
 from fedistill.commands import ledger
-from fedistill.config import PRESETS, Config, make_config
+from fedistill.commands.audit import audit
+from fedistill.commands.shared import (
+    KEYS,
+    AsJson,
+    Data,
+    Experts,
+    Init,
+    Ipc,
+    Iterations,
+    Method,
+    Partition,
+    Preset,
+    Seed,
+    Sets,
+    Width,
+    Work,
+    configured,
+    pairs,
+    screen,
+)
+from fedistill.config import PRESETS, Config
 from fedistill.errors import FedistillError
 
 app = typer.Typer(
@@ -28,28 +48,6 @@ app = typer.Typer(
 )
 app.add_typer(ledger.app, name="ledger")
 SHOWN_FAILURES = 10
-screen = Console(stderr=True)  # progress and tables for people; stdout is for --json
-
-Data = Annotated[
-    str | None, typer.Option(help="phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest")
-]
-Partition = Annotated[str | None, typer.Option(help="site, iid, dirichlet, quantity or a .json file of indices.")]
-Ipc = Annotated[int | None, typer.Option(help="Synthetic images per class and site.")]
-Preset = Annotated[str | None, typer.Option(help="Amount of work: quick, standard or thorough.")]
-Method = Annotated[str | None, typer.Option(help="Distillation method; `fedistill methods` lists them.")]
-Init = Annotated[
-    str | None, typer.Option(help="Start of the synthetic images: noise, phantom, or real (shows real patients).")
-]
-Iterations = Annotated[int | None, typer.Option(help="Outer iterations of distillation.")]
-Experts = Annotated[int | None, typer.Option(help="Expert networks per site.")]
-Width = Annotated[int | None, typer.Option(help="Channels of the ConvNet: 32, 64 or 128.")]
-Seed = Annotated[int | None, typer.Option(help="Seed: the same seed gives the same result on the same machine.")]
-Work = Annotated[str | None, typer.Option(help="Folder of the sites' work; runs that share it share experts.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `fedistill options` lists them."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command()
@@ -77,7 +75,7 @@ def simulate(
     from fedistill.report.tables import arms_table, sites_table, verdict
     from fedistill.simulation import simulate as run
 
-    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS}, out="runs/simulation")
+    config = configured(settings, {k: v for k, v in locals().items() if k in KEYS}, out="runs/simulation")
     summary = run(config, screen, command="fedistill " + " ".join(sys.argv[1:]))
     if as_json:
         print(json.dumps(summary, indent=1))
@@ -113,7 +111,7 @@ def probe(
     from fedistill.evaluation.probe import probe as measure
     from fedistill.report.probe import budgets_table, conclusion, sites_table
 
-    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS})
+    config = configured(settings, {k: v for k, v in locals().items() if k in KEYS})
     ipcs = IPCS if budgets is None else _budgets(budgets)
     loaded = load_data(config)
     with screen.status("Training small networks") as status:
@@ -173,7 +171,7 @@ def distill(
     from fedistill.synthetic.store import save_set
     from fedistill.wire import encode, size
 
-    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS}).resolved()
+    config = configured(settings, {k: v for k, v in locals().items() if k in KEYS}).resolved()
     folder = Path(out)
     if folder.exists():
         raise FedistillError("exists", f"{folder} exists already: choose another --out, or remove it.")
@@ -217,7 +215,7 @@ def evaluate(
     from fedistill.report.tables import arms_table
     from fedistill.synthetic.store import load_set
 
-    config = _config(settings, {k: v for k, v in locals().items() if k in _KEYS}).resolved()
+    config = configured(settings, {k: v for k, v in locals().items() if k in KEYS}).resolved()
     made, loaded = load_set(folder), load_data(config)
     with screen.status("Training global networks"):
         result = evaluate_set(config, loaded, made)
@@ -260,7 +258,7 @@ def bench(
         methods=_list(methods),
         ipc=_numbers(ipc),
         seeds=seeds or 0,
-        settings=_pairs(settings),
+        settings=pairs(settings),
     )
     chosen = load_suite(suite)
     if only_plan:
@@ -280,6 +278,9 @@ def bench(
     if summary["failed"]:
         screen.print(f"{len(summary['failed'])} cells failed: the same command tries them again.", highlight=False)
         raise typer.Exit(1)
+
+
+app.command()(audit)
 
 
 @app.command()
@@ -302,36 +303,6 @@ def options() -> None:
         default = "by preset: " + ", ".join(filled) if filled else repr(item.default)
         table.add_row(item.name, default, item.metadata["help"])
     Console().print(table)
-
-
-_KEYS = {f.name for f in fields(Config)}
-
-
-def _config(settings: list[str] | None, given: dict[str, Any], *, out: str = "") -> Config:
-    """The configuration from options and --set pairs; an option that is given twice in both ways is an error."""
-    values = {k: v for k, v in given.items() if v is not None}
-    for key, value in _pairs(settings).items():
-        if key in values:
-            raise FedistillError(
-                "given-twice", f"{key} is given twice: keep one of --{key.replace('_', '-')} and --set {key}."
-            )
-        values[key] = value
-    config = make_config(values)
-    return config if config.out or not out else replace(config, out=out)
-
-
-def _pairs(settings: list[str] | None) -> dict[str, str]:
-    """What `--set key=value` says; a key that is given twice is an error."""
-    values: dict[str, str] = {}
-    for pair in settings or []:
-        key, found, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
-        if not found:
-            raise FedistillError("bad-set-option", f"--set {pair} has no '=': write --set key=value.")
-        if key in values:
-            raise FedistillError("given-twice", f"--set {key} is given twice: keep one.")
-        values[key] = value
-    return values
 
 
 def _list(text: str | None) -> list[str]:

@@ -1,1 +1,1 @@
-"""Groups of commands of the command line, a module each."""
+"""Groups of commands, one file each."""

@@ -1,0 +1,64 @@
+"""What the commands share: the screen, common options, and how options become a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from fedistill.config import Config, make_config
+from fedistill.errors import FedistillError
+
+screen = Console(stderr=True)  # progress and tables for people; stdout is for --json
+
+Data = Annotated[
+    str | None, typer.Option(help="phantom, a MedMNIST flag, an .npz file, an image folder or a .csv manifest")
+]
+Partition = Annotated[str | None, typer.Option(help="site, iid, dirichlet, quantity or a .json file of indices.")]
+Ipc = Annotated[int | None, typer.Option(help="Synthetic images per class and site.")]
+Preset = Annotated[str | None, typer.Option(help="Amount of work: quick, standard or thorough.")]
+Method = Annotated[str | None, typer.Option(help="Distillation method; `fedistill methods` lists them.")]
+Init = Annotated[
+    str | None, typer.Option(help="Start of the synthetic images: noise, phantom, or real (shows real patients).")
+]
+Iterations = Annotated[int | None, typer.Option(help="Outer iterations of distillation.")]
+Experts = Annotated[int | None, typer.Option(help="Expert networks per site.")]
+Width = Annotated[int | None, typer.Option(help="Channels of the ConvNet: 32, 64 or 128.")]
+Seed = Annotated[int | None, typer.Option(help="Seed: the same seed gives the same result on the same machine.")]
+Work = Annotated[str | None, typer.Option(help="Folder of the sites' work; runs that share it share experts.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `fedistill options` lists them."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+KEYS = {f.name for f in fields(Config)}
+
+
+def configured(settings: list[str] | None, given: dict[str, Any], *, out: str = "") -> Config:
+    """The configuration from options and --set pairs; an option that is given twice in both ways is an error."""
+    values = {k: v for k, v in given.items() if v is not None}
+    for key, value in pairs(settings).items():
+        if key in values:
+            raise FedistillError(
+                "given-twice", f"{key} is given twice: keep one of --{key.replace('_', '-')} and --set {key}."
+            )
+        values[key] = value
+    config = make_config(values)
+    return config if config.out or not out else replace(config, out=out)
+
+
+def pairs(settings: list[str] | None) -> dict[str, str]:
+    """What `--set key=value` says; a key that is given twice is an error."""
+    values: dict[str, str] = {}
+    for pair in settings or []:
+        key, found, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not found:
+            raise FedistillError("bad-set-option", f"--set {pair} has no '=': write --set key=value.")
+        if key in values:
+            raise FedistillError("given-twice", f"--set {key} is given twice: keep one.")
+        values[key] = value
+    return values
