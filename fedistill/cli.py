@@ -1,4 +1,4 @@
-"""The command line: `fedistill simulate | probe | distill | evaluate | bench | methods | options`."""
+"""The command line: `fedistill simulate | probe | distill | evaluate | bench | release | methods | options`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedistill import __version__
+from fedistill.commands import release
 from fedistill.config import PRESETS, Config, make_config
 from fedistill.errors import FedistillError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(release.app, name="release")
 SHOWN_FAILURES = 10
 screen = Console(stderr=True)  # progress and tables for people; stdout is for --json
 
