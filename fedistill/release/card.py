@@ -111,7 +111,8 @@ images, labels = file["train_images"], file["train_labels"]
 ```
 
 or with `fedistill simulate --data {card.name}.npz` (which cuts images to test with out of them, and so needs several per class), or
-with the classes of `medmnist`, which know files by the names of their own sets: copy the file to a folder under the name of one of the same shape, and correct the number of images that is known for it:
+with the classes of `medmnist`, which know files by the names of their own sets: copy the file to a folder under the name of one of
+the same shape, and correct the number of images that is known for it:
 
 ```python
 from medmnist import INFO, {name}

@@ -17,7 +17,7 @@ from fedistill.release.arrays import arrays_of
 from fedistill.release.audit import check_audit, checked_audit
 from fedistill.release.claim import NOTHING, Claim, SiteClaim, check_conditions, read_claim
 from fedistill.release.document import NAME, claimed
-from fedistill.release.seal import SUMS, broken_files, check_signature
+from fedistill.release.seal import SUMS, broken_files, check_signature, sha256
 from fedistill.release.text import escaped, strict_json
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set
@@ -40,6 +40,7 @@ _SHAPE: dict[str, type | tuple[type, ...]] = {
     "audit": (str, dict),
     "copies": (str, dict),
     "data": dict,
+    "files": dict,
     "signature": str,
 }
 
@@ -168,8 +169,21 @@ def _disagreements(
         or described.get("fedistill:delta") != claim.delta
     ):
         found.append("croissant.json disagrees with the manifest of the set about the guarantee.")
+    entries = described.get("distribution")
+    held = {str(e.get("name")): e for e in entries if isinstance(e, dict)} if isinstance(entries, list) else {}
+    for source, listed in (("privacy.json", document["files"]), ("croissant.json", held)):
+        found += [f"{source} describes another {name}." for name in _others(folder, listed)]
     found += _card(folder, claim) + _arrays(folder / f"{document['data']['name']}.npz", made)
     return found
+
+
+def _others(folder: Path, listed: Mapping[str, Any]) -> list[str]:
+    """The files of the release whose checksum is not the one that `listed` gives for them."""
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if isinstance(about := listed.get(path.name), dict) and path.is_file() and about.get("sha256") != sha256(path)
+    ]
 
 
 def _card(folder: Path, claim: Claim) -> list[str]:
