@@ -85,7 +85,8 @@ def _write(
     ledger: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     save_set(made, folder)
-    captioned(sheet_of(made), [card.name, claim.sentence, claim.banner]).save(folder / "contact-sheet.png")
+    caption = [line for line in (claim.sentence, claim.banner, card.name) if line]
+    captioned(sheet_of(made), caption).save(folder / "contact-sheet.png")
     write_bytes(folder / f"{card.name}.npz", npz_bytes(arrays_of(made)))
     if key is not None:
         write_bytes(folder / PUBLIC_KEY, public_bytes(key.public_key()))
