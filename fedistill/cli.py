@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedistill import __version__
-from fedistill.commands import ledger
+from fedistill.commands import ledger, release
 from fedistill.commands.audit import audit
 from fedistill.commands.shared import (
     KEYS,
@@ -47,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(release.app, name="release")
 SHOWN_FAILURES = 10
 
 

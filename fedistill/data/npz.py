@@ -9,7 +9,7 @@
     class_names, site_names   optional, one text per class (or finding) or site
     modality                  optional, one text
 
-Only train is required. Nothing is unpickled.
+Only train is required; val and test that are both empty count as left out. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def load_npz(
     file = _Archive(path)
     parts = {key: _part(file, key) for key in SPLITS if key == "train" or f"{key}_images" in file.names}
     _check_patients(file, parts)
+    if len(parts) == len(SPLITS) and not any(len(parts[key].labels) for key in ("val", "test")):
+        parts = {"train": parts["train"]}  # a released set: it has no images to test with
     shapes = {part.images.shape[1:] for part in parts.values()}
     if len(shapes) > 1:
         raise file.error(f"the splits hold images of different shapes ({', '.join(map(str, sorted(shapes)))})")

@@ -15,6 +15,7 @@ PER_ROW = 10  # tiles beside each other before a class goes on in the next line
 GAP = 4  # pixels between tiles
 MARGIN = 8  # pixels around the sheet and between its columns
 FONT_SIZE = 13
+CAPTION_WIDTH = 420  # pixels that a sheet with a caption has at least
 NAME_WIDTH = 150  # pixels; longer class names are cut with an ellipsis
 
 
@@ -22,6 +23,27 @@ def sheet_of(made: SyntheticSet, scale: int = 2) -> Image.Image:
     """The contact sheet of a set; images of several findings stand by the most likely, those without any have a band."""
     names = [*made.class_names, "no finding"] if made.kind == "multilabel" else made.class_names
     return contact_sheet(made.pixels, made.groups, names, scale)
+
+
+def captioned(sheet: Image.Image, lines: Sequence[str]) -> Image.Image:
+    """The sheet under a caption, broken into as many lines as its width takes."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    width, rows = max(sheet.width, CAPTION_WIDTH), list[str]()
+    for line in lines:
+        row = ""
+        for word in line.split():
+            if row and font.getlength(f"{row} {word}") > width - 2 * MARGIN:
+                rows, row = [*rows, row], word
+            else:
+                row = f"{row} {word}".strip()
+        rows.append(row)
+    top = MARGIN + len(rows) * (FONT_SIZE + 5)
+    whole = Image.new("RGB", (width, top + sheet.height), "white")
+    draw = ImageDraw.Draw(whole)
+    for k, row in enumerate(rows):
+        draw.text((MARGIN, MARGIN + k * (FONT_SIZE + 5)), row, fill="black", font=font)
+    whole.paste(sheet, (0, top))
+    return whole
 
 
 def contact_sheet(images: Tensor, labels: Tensor, class_names: Sequence[str], scale: int = 2) -> Image.Image:

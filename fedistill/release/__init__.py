@@ -1,0 +1,1 @@
+"""A synthetic set as a folder that the next person can use, and check, without its makers."""
