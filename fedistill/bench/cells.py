@@ -19,13 +19,14 @@ from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures
+from fedistill.evaluation.ensemble import ensemble
 from fedistill.evaluation.fit import Material, Result, of_split, select_and_test
 from fedistill.evaluation.metrics import NAMES, mean_std
 from fedistill.files import write_bytes
 from fedistill.memory import keep_freed_memory
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget, check_settings
-from fedistill.site.job import Progress, advance, has_experts, versions
+from fedistill.site.job import Progress, advance, expert_paths, has_experts, versions
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.sheet import contact_sheet
@@ -113,6 +114,8 @@ def _figures(cell: Cell, out: Path, sheet: bool) -> Record:
         pixels = data.train.images[0].numel()
         facts: Record = {"images": len(data.train), "upload_bytes": len(data.train) * pixels}
         return facts | {"models": _models(cell.config, data, of_split(data.train, task_of(data)))}
+    if cell.arm == "experts":
+        return _experts_themselves(cell, data, sites, out)
     made, ends = [], []
     for site in sites:
         slices: list[Progress] = []
@@ -131,6 +134,16 @@ def _figures(cell: Cell, out: Path, sheet: bool) -> Record:
         "notes": [note for end in ends for note in end.notes],
     }
     return facts | {"models": _models(cell.config, data, Material(merged.images, merged.labels))}
+
+
+def _experts_themselves(cell: Cell, data: Dataset, sites: Sequence[Dataset], out: Path) -> Record:
+    """One-shot ensemble: every site sends its experts."""
+    _to_experts(cell, out)
+    task = task_of(data)
+    paths = [expert_paths(cell.config, site, site.name, out / "work") for site in sites]
+    floats = sum(path.shape[1] for site in paths for path in site)
+    result = ensemble(cell.config, task, paths, data)
+    return {"images": 0, "upload_bytes": 4 * floats, "models": {architectures(cell.config)[0]: _scores(result)}}
 
 
 def _models(config: Config, data: Dataset, material: Material) -> Record:

@@ -59,6 +59,7 @@ class Cell:
     train_images: int
     fingerprint: str
     against: tuple[str, ...]
+    arm: str = "set"
 
     @property
     def key(self) -> str:
@@ -67,6 +68,7 @@ class Cell:
         chosen = {f.name for f in fields(Config) if f.metadata["scope"] in scopes} - {"data"} | set(TRAINING)
         settings = {name: value for name, value in self.config.to_dict().items() if name in chosen}
         parts = [ALGORITHM, FORMAT, LEARNING_RATES, self.data, self.method, self.fingerprint, settings]
+        parts += [self.arm] * (self.arm != "set")
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -76,7 +78,7 @@ class Cell:
 
     @property
     def needs_experts(self) -> bool:
-        return self.method != WHOLE and method_of(self.config).experts
+        return self.method != WHOLE and self.arm != "fedavg" and method_of(self.config).experts
 
     @property
     def name(self) -> str:
@@ -134,6 +136,7 @@ def cell_of(suite: Suite, choice: Choice, mark: str, data: str, method: str, ipc
         train_images=suite.data[data].train_images,
         fingerprint=mark,
         against=() if method == WHOLE else suite.methods[method].against,
+        arm="set" if method == WHOLE else suite.methods[method].arm,
     )
 
 
@@ -162,13 +165,13 @@ def _chosen(kind: str, asked: Sequence[str], valid: Mapping[str, Any]) -> list[s
 
 def _check(cells: Sequence[Cell]) -> None:
     """Raise `FedistillError` on a method or model that does not exist, and on two cells that would do the same work."""
-    seen: dict[tuple[str, str], Cell] = {}
+    seen: dict[tuple[str, str, str], Cell] = {}
     for cell in cells:
         architectures(cell.config)
         if cell.method == WHOLE:
             continue
         method_of(cell.config)
-        work = (cell.fingerprint, cell.config.key("data", "experts", "distill"))
+        work = (cell.fingerprint, cell.arm, cell.config.key("data", "experts", "distill", "eval"))
         if seen.setdefault(work, cell) is not cell:
             raise FedistillError(
                 "same-cells", f"'{seen[work].name}' and '{cell.name}' have the same settings: leave one of them out."

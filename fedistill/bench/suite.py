@@ -2,7 +2,7 @@
 
 <suite>/suite.toml            title, ipc, seeds, and [settings]: what every cell shares, first of all the protocol
 <suite>/data/<name>.toml      title, train_images, and the settings that belong to the data set
-<suite>/methods/<name>.toml   title, against, and the settings that make the method
+<suite>/methods/<name>.toml   title, against, and the settings that make the method; arm: what is made with them
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from fedistill.errors import FedistillError, unknown
 from fedistill.simulation import app_folder
 
 WHOLE = "whole"  # training on all real images of a data set: the reference of every method
+# What a method makes: a synthetic set; no set, but its experts as an ensemble; no set, but a network by federated averaging.
+ARMS = ("set", "experts", "fedavg")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +33,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A method. `against`: the methods that it is compared with, pair by pair."""
+    """A method. `against`: the methods that it is compared with, pair by pair. `arm`: one of `ARMS`."""
 
     title: str
     settings: Mapping[str, Any]
     against: tuple[str, ...] = ()
+    arm: str = "set"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +119,12 @@ def _source(path: Path) -> Source:
 
 
 def _recipe(path: Path) -> Recipe:
-    values = _read(path, {"title": str, "against": list}, OF_METHOD)
-    title, against = values.pop("title", path.stem), values.pop("against", [])
+    values = _read(path, {"title": str, "against": list, "arm": str}, OF_METHOD)
+    title, against, arm = values.pop("title", path.stem), values.pop("against", []), values.pop("arm", "set")
+    if arm not in ARMS:
+        raise _located(path, unknown("arm", arm, ARMS))
     settings = _settings(path, values, OF_METHOD)
-    return Recipe(title=title, settings={"method": path.stem} | settings, against=tuple(map(str, against)))
+    return Recipe(title=title, settings={"method": path.stem} | settings, against=tuple(map(str, against)), arm=arm)
 
 
 def _read(path: Path, own: Mapping[str, type], keys: set[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from torch import Tensor
 
 import fedistill
 from fedistill.config import Config
@@ -183,6 +184,11 @@ def released_set(
 def has_experts(config: Config, data: Dataset, site: str, work: Path) -> bool:
     """Whether `advance` has no more experts to train before it distils."""
     return _Folders.of(config, data, site, work, "").facts.exists()
+
+
+def expert_paths(config: Config, data: Dataset, site: str, work: Path) -> tuple[Tensor, ...]:
+    """The trajectories `(T+1, P)` of the experts that `has_experts` says are there, as matching sees them."""
+    return load_bundle(config, task_of(data), _Folders.of(config, data, site, work, "")).trajectories
 
 
 def load_bundle(config: Config, task: Task, folders: _Folders) -> Bundle:
