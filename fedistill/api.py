@@ -34,7 +34,7 @@ def distill(
     images: `(n, C, H, W)`, `(n, H, W)` or volumes `(n, C, D, H, W)`, uint8, or floating point in 0..1.
     labels: `(n,)` whole numbers from 0, or `(n, K)` of 0 and 1 where an image may have several of K findings.
     settings: any configuration key, for example `ipc=10, method="datm", preset="quick", seed=0`; `task="ordinal"` says that
-        the labels are grades.
+        the labels are grades; `privacy="dp", epsilon=3.0, work="work/"` makes it private, with the ledger in `work`.
     Returns a `torch.utils.data.Dataset` of (normalised image, label `(K,)`). Raises `FedistillError` on bad input.
 
         synthetic = fedistill.distill(images, labels, ipc=10, preset="quick")
@@ -42,8 +42,18 @@ def distill(
     """
     config = make_config(settings).resolved()
     data = of_task(from_tensors(images, labels, class_names=class_names, modality=modality), config.task)
-    with tempfile.TemporaryDirectory(prefix="fedistill-") as work:
-        return distill_site(config, data, "site", Path(work), on_progress=on_progress)
+    check_ledger_stays(config)
+    with tempfile.TemporaryDirectory(prefix="fedistill-") as temporary:
+        return distill_site(config, data, "site", Path(config.work or temporary), on_progress=on_progress)
+
+
+def check_ledger_stays(config: Config) -> None:
+    """Raise `FedistillError` where private work would leave no lasting record of what it spent."""
+    if config.privacy == "dp" and not config.work:
+        raise FedistillError(
+            "no-work-folder",
+            "privacy=dp needs a work folder, where the ledger of what was spent stays: say --work FOLDER.",
+        )
 
 
 def distill_site(

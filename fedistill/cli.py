@@ -167,7 +167,7 @@ def distill(
     as_json: AsJson = False,
 ) -> None:
     """Distil one data set into a synthetic set, without a federation."""
-    from fedistill.api import distill_site
+    from fedistill.api import check_ledger_stays, distill_site
     from fedistill.data.sources import load_data
     from fedistill.synthetic.store import save_set
     from fedistill.wire import encode, size
@@ -176,6 +176,7 @@ def distill(
     folder = Path(out)
     if folder.exists():
         raise FedistillError("exists", f"{folder} exists already: choose another --out, or remove it.")
+    check_ledger_stays(config)
     loaded = load_data(config)
     workplace = Path(config.work) if config.work else folder.with_name(f".{folder.name}.work")
     try:

@@ -72,12 +72,18 @@ def checked_audit(found: Any, where: str) -> dict[str, Any]:
 
 
 def check_audit(audit: Mapping[str, Any], claim: Claim) -> None:
-    """Raise `FedistillError` ("audit-contradicts") where an attack showed more leakage than the claim allows."""
+    """Raise `FedistillError` where an attack showed more leakage than the claim allows ("audit-contradicts"), and where
+    real images are in the set ("copies")."""
     if claim.epsilon is not None and audit["epsilon_lower"] > claim.epsilon:
         raise FedistillError(
             "audit-contradicts",
             f"The audit contradicts the claim: an attack shows epsilon of at least {audit['epsilon_lower']:g}, and "
             f"{upwards(claim.epsilon)} is claimed; find the leak before anything is released.",
+        )
+    if audit["copies"].get("exact"):  # no attack on members need notice a few copies among many images
+        raise FedistillError(
+            "copies",
+            f"The audit found {audit['copies']['exact']} synthetic images that are real training images: no release.",
         )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-from fedistill.errors import FedistillError
+from fedistill.privacy.ledger import Ledger
 
 
 def ledger_summary(path: Path, delta: float | None) -> dict[str, Any]:
@@ -16,13 +15,7 @@ def ledger_summary(path: Path, delta: float | None) -> dict[str, Any]:
     the chain that are made from them, stay at the site: whoever guesses the data could confirm the guess with them.
     Raises `FedistillError` where there is no ledger, or where it does not hold.
     """
-    try:
-        module = importlib.import_module("fedistill.privacy.ledger")
-    except ModuleNotFoundError:
-        raise FedistillError(
-            "no-ledgers", "This installation of fedistill knows no ledgers: leave --ledger out."
-        ) from None
-    ledger = module.Ledger(path, create=False)
+    ledger = Ledger(path, create=False)
     entries = ledger.entries()
     sums = []
     for data in dict.fromkeys(entry.data for entry in entries):

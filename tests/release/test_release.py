@@ -257,6 +257,14 @@ def test_audit_is_quoted_and_can_forbid(tmp_path: Path, audit) -> None:
     assert blind["power"] is False
 
 
+def test_a_set_with_real_images_in_it_is_not_released(tmp_path: Path) -> None:
+    audit = {"epsilon_lower": 0.0, "ceiling": 2.0, "confidence": 0.95, "claimed_epsilon": None}
+    released(set_of(NONE), tmp_path / "fine", audit=checked_audit(audit | {"copies": {"exact": 0}}, "here"))
+    with pytest.raises(FedistillError, match="3 synthetic images that are real") as caught:
+        released(set_of(NONE), tmp_path / "out", audit=checked_audit(audit | {"copies": {"exact": 3}}, "here"))
+    assert caught.value.code == "copies"
+
+
 def test_failed_condition_forbids(tmp_path: Path) -> None:
     failed = [{"number": 9, "name": "x", "status": "failed", "how": "Batches were shuffled."}]
     with pytest.raises(FedistillError, match=r"Condition 9 failed.*Batches were shuffled") as caught:

@@ -135,17 +135,14 @@ def audit(
 
 def claim_of(config: Config, records: int) -> tuple[float | None, float]:
     """The epsilon that the configuration promises (None: no promise), and the delta at which it is attacked."""
-    delta = float(getattr(config, "delta", 0.0)) or auto_delta(records)
-    private = getattr(config, "privacy", "none") == "dp"
-    return (float(getattr(config, "epsilon")) if private else None), delta  # noqa: B009  (not of every configuration)
+    return (config.epsilon if config.privacy == "dp" else None), config.delta or auto_delta(records)
 
 
 def broken(config: Config, data: Dataset, canaries: int) -> Config:
     """The control: random real images, as many as there are room for, without noise. An attack that misses it sees nothing."""
     values = config.to_dict() | {"method": "random", "ipc": (len(data.train) - canaries) // data.classes}
     values |= dict.fromkeys(("labels", "mask", "overlap"), "auto") | {"budget": "equal"}
-    if "privacy" in values:
-        values["privacy"] = "none"
+    values |= {"privacy": "none", "epsilon": 0.0, "delta": 0.0}
     return Config(**values)
 
 
