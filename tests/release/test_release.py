@@ -258,6 +258,8 @@ def test_audit_is_quoted_and_can_forbid(tmp_path: Path, audit) -> None:
 
 
 def test_a_set_with_real_images_in_it_is_not_released(tmp_path: Path) -> None:
+    from fedistill.release.audit import checked_audit
+
     audit = {"epsilon_lower": 0.0, "ceiling": 2.0, "confidence": 0.95, "claimed_epsilon": None}
     released(set_of(NONE), tmp_path / "fine", audit=checked_audit(audit | {"copies": {"exact": 0}}, "here"))
     with pytest.raises(FedistillError, match="3 synthetic images that are real") as caught:
