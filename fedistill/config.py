@@ -74,7 +74,7 @@ class Config:
 
     sketch_networks: int = _key(8, "public random networks whose features a sketch is made of", scope="experts", low=1)
     sketch_frequencies: int = _key(256, "frequencies per network of a sketch", scope="experts", low=1)
-    sketch_scale: float = _key(1.0, "deviation of the frequencies of a sketch", scope="experts", low=1e-3)
+    sketch_scale: float = _key(0.5, "deviation of the frequencies of a sketch", scope="experts", low=1e-3)
     sketch_augmentations: int = _key(4, "versions of each real image that a sketch averages", scope="experts", low=1)
 
     privacy: str = _key(
