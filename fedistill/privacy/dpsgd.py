@@ -107,14 +107,13 @@ class PrivateSGD:
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
 
-        warnings.filterwarnings("ignore", module="opacus|torch.nn.modules.module")
         self._task, self._train, self._mechanism = task, train, mechanism
         self._operations = task.operations(config)
         self._device, self._weights = theta.device, weights.to(theta.device)
         self._records = records_by_unit(train, config.unit)
         self._targets = targets_of(train.labels, task.classes, task.kind)
         net = build(name, task.geometry, task.classes, width=config.width, depth=config.depth).to(self._device)
-        vector_to_parameters(theta, net.parameters())
+        vector_to_parameters(theta.clone(), net.parameters())  # which makes views: the steps would change `theta`
         self._net = GradSampleModule(net)
         self._secret = secret_generator()
         self._optimizer = DPOptimizer(
@@ -139,7 +138,9 @@ class PrivateSGD:
             y = self._targets[chunk].to(self._device)
             if len(chunk):
                 each = per_image_loss(self._task.kind, self._net(x), y, self._weights)
-                each.mean().backward()
+                with warnings.catch_warnings():  # of a hook that Opacus sets, where images need no gradient
+                    warnings.filterwarnings("ignore", "Full backward hook is firing")
+                    each.mean().backward()
             else:  # nobody was drawn: the noise is added all the same
                 for parameter in self._net.parameters():
                     parameter.grad_sample = torch.zeros((0, *parameter.shape), device=self._device)
