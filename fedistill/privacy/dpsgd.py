@@ -122,6 +122,7 @@ class PrivateSGD:
             max_grad_norm=mechanism.clip_norm,
             expected_batch_size=mechanism.sample_rate * len(self._records),
             generator=secret_generator(self._device),
+            secure_mode=True,  # half the sum of four draws, as in `noisy`
         )
 
     def theta(self) -> Tensor:

@@ -66,7 +66,8 @@ def statement_of(config: Config, plan: Plan) -> dict[str, Any]:
         "public": ["procedural phantoms centre the features of sketches, and are the probes of method=teach"],
         "not_covered": [
             "settings that were tuned on these very records",
-            "gaps of floating-point noise (Mironov, CCS 2012), and Torch's generator, which is no cryptographic one",
+            "floating-point noise beyond the remedy of Holohan and Braghin (sums of four draws), and Torch's generator, which is "
+            "no cryptographic one",
             "side channels such as the time that work takes",
             "facts about the group of patients as a whole, which differential privacy does not hide",
         ],
