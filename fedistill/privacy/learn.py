@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedistill.config import Config
 from fedistill.data.dataset import Split
+from fedistill.data.records import Records
 from fedistill.experts.train import Task, load_trajectory
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.problem import membership
@@ -137,12 +138,12 @@ def _counts_file(folder: Path) -> Path:
     return folder / "private-counts.safetensors"
 
 
-def _counts(task: Task, train: Split, folder: Path, records: list[Tensor], mechanism: Mechanism) -> Tensor:
+def _counts(task: Task, train: Split, folder: Path, records: Records, mechanism: Mechanism) -> Tensor:
     """Noisy images per class `(K,)`: a record counts 1 in all, spread over the classes of its images."""
     file = _counts_file(folder)
     if not file.exists():
         member = torch.nn.functional.normalize(_targets_by_class(train, task), dim=1)
-        counts = torch.stack([member[record].mean(0) for record in records]).sum(0)
+        counts = (member * records.share[:, None]).sum(0)
         write_tensors(file, {"counts": noisy(counts, mechanism)}, {})
     return read_tensors(file)[0]["counts"]
 

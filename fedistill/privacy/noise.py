@@ -31,11 +31,11 @@ def secret_generator(device: torch.device | None = None) -> torch.Generator:
 
 
 def noisy(sums: Tensor, mechanism: Mechanism) -> Tensor:
-    """`sums` plus Gaussian noise for contributions of at most `mechanism.clip_norm` in L2 norm, over all of `sums`.
+    """`sums` plus Gaussian noise (float32) for contributions of at most `mechanism.clip_norm` in L2 norm, over all of `sums`.
 
     In float64, as half the sum of four draws (Holohan and Braghin, ESORICS 2021): what is rounded afterwards shows no gaps
     between the numbers that a float can be, and no tail that ends too early.
     """
     deviation = mechanism.noise_multiplier * mechanism.clip_norm
     four = torch.randn((4, *sums.shape), generator=secret_generator(), dtype=torch.float64)
-    return (sums.double() + deviation * four.sum(0) / 2).to(sums.dtype)
+    return (sums.double() + deviation * four.sum(0) / 2).float()

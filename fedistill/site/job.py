@@ -24,6 +24,7 @@ import fedistill
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.public import NORMALISATION, normalise
+from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, architectures_of, load_trajectory, train_experts
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
@@ -215,7 +216,7 @@ def _facts(config: Config, data: Dataset, folders: _Folders) -> dict[str, Any]:
         return _private_facts(config, task, folders.experts)
     targets = targets_of(train.labels, task.classes, task.kind)
     if method_of(config).sketch:
-        records = list(torch.arange(len(train))[:, None])
+        records = Records.of_images(len(train))
         write_tensors(folders.sketch, {"sums": sketch.sketch(config, task, train.images, targets, records)})
     facts: dict[str, Any] = {"counts": train.counts(task.classes), "overlap_limits": [], "findings": []}
     if task.kind == "multilabel":
