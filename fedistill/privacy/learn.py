@@ -6,6 +6,7 @@ What it leaves behind in the folder (noisy counts, private experts or a noisy sk
 from __future__ import annotations
 
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def learn(
     Raises `FedistillError` where the plan is impossible, or more than the ledger's `cap` has left.
     """
     plan = _plan(config, train, folder)
-    key = f"{folder.name}/{_word(config)}"
+    key = f"{folder.name}/{_word(config)}/{read_json(_plan_file(config, folder))['nonce']}"
     Ledger(ledger).spend(
         key=key,
         data=site,
@@ -117,11 +118,12 @@ def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
 
 
 def _plan(config: Config, train: Split, folder: Path) -> Plan:
+    """The plan, which a kill survives. Its nonce makes another spend of what is done again because the folder was deleted."""
     file = _plan_file(config, folder)
     if not file.exists():
         plan = plan_of(config, records_of(train, config.unit))
         first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
-        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second}
+        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second, "nonce": token_hex(8)}
         write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
     return read_plan(config, folder)
 
