@@ -15,7 +15,7 @@ from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.records import Records
 from fedistill.experts.train import Task, load_trajectory
-from fedistill.files import read_json, read_tensors, write_json, write_tensors
+from fedistill.files import alone, read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.problem import membership
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
@@ -39,6 +39,13 @@ def learn(
     noise, and only what is finished is ever used: the plan covers one use of each mechanism.
     Raises `FedistillError` where the plan is impossible, or more than the ledger's `cap` has left.
     """
+    with alone(folder / "private.lock"):  # of two processes each would release a noisy result of its own
+        return _learn(config, task, train, folder, site=site, ledger=ledger, cap=cap, until=until)
+
+
+def _learn(
+    config: Config, task: Task, train: Split, folder: Path, *, site: str, ledger: Path, cap: Cap | None, until: float
+) -> tuple[int, int]:
     plan = _plan(config, train, folder)
     key = f"{folder.name}/{_word(config)}/{read_json(_plan_file(config, folder))['nonce']}"
     Ledger(ledger).spend(

@@ -9,10 +9,8 @@ from torch import Tensor
 
 from fedistill.privacy.accounting import Mechanism
 
-_FIRST_WORD, _WORDS = (
-    24,
-    624,
-)  # of a Mersenne Twister, in bytes and in words of 32 bits, in Torch's state of a CPU generator
+# Of a Mersenne Twister in Torch's state of a CPU generator: the first byte, and the number of words of 32 bits in 8 bytes each.
+_FIRST, _WORDS = 24, 624
 
 
 def secret_generator(device: torch.device | None = None) -> torch.Generator:
@@ -26,7 +24,7 @@ def secret_generator(device: torch.device | None = None) -> torch.Generator:
         return generator.manual_seed(secrets.randbits(64))
     state = generator.get_state()
     words = torch.tensor([secrets.randbits(32) for _ in range(_WORDS)], dtype=torch.int64)
-    state[_FIRST_WORD : _FIRST_WORD + 8 * _WORDS] = words.view(torch.uint8)
+    state[_FIRST : _FIRST + 8 * _WORDS] = words.view(torch.uint8)
     return generator.set_state(state)
 
 
