@@ -14,6 +14,7 @@ from torch import Tensor
 from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.records import Records
+from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, load_trajectory
 from fedistill.files import alone, read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.problem import membership
@@ -94,17 +95,27 @@ def private_counts(config: Config, folder: Path) -> list[int]:
 
 
 def private_trajectories(config: Config, task: Task, folder: Path) -> list[Tensor]:
-    """The trajectories `(T+1, P)` that matching sees, after `config.denoise`."""
+    """The trajectories `(T+1, P)` that matching sees, after `config.denoise`.
+
+    Raises `FedistillError` where nothing but noise can be told from them.
+    """
     plan, last = read_plan(config, folder), expert_steps(config) // config.checkpoint_every
     sgd = plan["dp-sgd"]
     paths = [load_trajectory(folder, e, last) for e in range(config.experts)]
-    return denoise(
+    paths = denoise(
         paths,
         task.network(config.model, config).sizes,
         how=config.denoise,
         step_noise=config.dp_lr * sgd.noise_multiplier * sgd.clip_norm / (sgd.sample_rate * plan.records),
         every=config.checkpoint_every,
     )
+    if any(torch.equal(path[0], path[-1]) for path in paths):
+        raise FedistillError(
+            "all-noise",
+            f"What private experts learn at epsilon={config.epsilon:g} is smaller than their noise: use method=sketch, a larger "
+            "epsilon, or a smaller width.",
+        )
+    return paths
 
 
 def private_sketch(folder: Path) -> Tensor:

@@ -94,6 +94,11 @@ def advance(
     cap: the most that may ever be spent on the site's records.
     Raises `FedistillError` where data or settings make the work impossible, or `cap` forbids it.
     """
+    if cap is not None and config.privacy != "dp":
+        raise FedistillError(
+            "over-budget",
+            f"privacy={config.privacy} has no epsilon, and this site has a cap of {cap.epsilon:g}: use dp.",
+        )
     folders, method = _Folders.of(config, data, site, work, run), method_of(config)
     if (folders.release(round) / "manifest.json").exists():
         return Progress(**_tupled(read_json(folders.progress(round))))
