@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings as effort, strategies as st
+from hypothesis import given
+from hypothesis import settings as effort
+from hypothesis import strategies as st
 from private import labelled, settings
 
 from fedistill.errors import FedistillError
@@ -42,7 +44,7 @@ def test_only_whole_checkpoints_are_paid_for() -> None:
     assert plan_of(settings(experts=1, expert_steps=24), 1000)["dp-sgd"].steps == 20
 
 
-@effort(max_examples=5)
+@effort(max_examples=4)
 @given(
     epsilon=st.floats(0.5, 12.0),
     records=st.integers(30, 200_000),
