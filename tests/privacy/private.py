@@ -15,7 +15,7 @@ EPSILON = 3.0
 
 def settings(**more: object) -> Config:
     tiny = {
-        "privacy": "dp", "epsilon": EPSILON, "method": "ptm", "experts": 2, "expert_steps": 20, "checkpoint_every": 5,
+        "privacy": "dp", "epsilon": EPSILON, "method": "ptm", "experts": 1, "expert_steps": 20, "checkpoint_every": 5,
         "width": 4, "workers": 1, "ipc": 2, "iterations": 6, "syn_steps": 3, "segment": 2, "image_lr": 5.0,
         "skip_above": 1e9, "sketch_networks": 2, "sketch_frequencies": 16, "sketch_augmentations": 2, "augment": "none",
     }  # fmt: skip

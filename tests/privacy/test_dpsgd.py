@@ -198,7 +198,7 @@ def train(config: Config, folder: Path, until: float = float("inf"), steps: int 
 
 
 def test_experts_share_their_start_and_nothing_else(tmp_path: Path) -> None:
-    config = settings()
+    config = settings(experts=2)
     assert train(config, tmp_path) == (40, 40)
     one, two = (load_trajectory(tmp_path, e, 4) for e in range(2))
     public = task_of(labelled()).network("convnet", config).initial(generator(0, "private-start", "convnet"))
@@ -210,21 +210,21 @@ def test_experts_share_their_start_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_slices_end_after_the_same_number_of_steps(tmp_path: Path) -> None:
-    done = [train(settings(), tmp_path, until=0.0) for _ in range(4)]
+    done = [train(settings(experts=2), tmp_path, until=0.0) for _ in range(4)]
     assert done == [(10, 40), (20, 40), (30, 40), (40, 40)]
     files = {p: p.read_bytes() for p in tmp_path.iterdir()}
-    assert train(settings(), tmp_path, until=0.0) == (40, 40)
+    assert train(settings(experts=2), tmp_path, until=0.0) == (40, 40)
     assert files == {p: p.read_bytes() for p in tmp_path.iterdir()}
 
 
 def test_training_stops_where_the_plan_ends(tmp_path: Path) -> None:
     with pytest.raises(FedistillError, match="allows 39 steps and 40 are asked for"):
-        train(settings(), tmp_path, steps=39)
+        train(settings(experts=2), tmp_path, steps=39)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_fails_leaves_no_noisy_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(settings(experts=1), tmp_path, until=0.0)
+    train(settings(), tmp_path, until=0.0)
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
     real, calls = PrivateSGD.step, []
 
@@ -236,14 +236,14 @@ def test_a_step_that_fails_leaves_no_noisy_result(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(PrivateSGD, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(experts=1), tmp_path)
+        train(settings(), tmp_path)
     assert before == {p: p.read_bytes() for p in tmp_path.iterdir()}
     assert steps_done(tmp_path, 0) == 5
 
 
 def test_what_is_secret_is_not_the_seed(tmp_path: Path) -> None:
     for name in "ab":
-        train(settings(experts=1), tmp_path / name)
+        train(settings(), tmp_path / name)
     a, b = (load_trajectory(tmp_path / name, 0, 4) for name in "ab")
     assert torch.equal(a[0], b[0])
     assert not torch.equal(a[1], b[1])

@@ -44,7 +44,7 @@ def test_only_whole_checkpoints_are_paid_for() -> None:
     assert plan_of(settings(experts=1, expert_steps=24), 1000)["dp-sgd"].steps == 20
 
 
-@effort(max_examples=4)
+@effort(max_examples=3)
 @given(
     epsilon=st.floats(0.5, 12.0),
     records=st.integers(30, 200_000),
