@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,12 @@ def read_about(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return dict(json.loads(header["__metadata__"]["about"]))
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold `path` against other processes, which wait. SQLite's lock: every system has it, and a killed process lets go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=86400.0, isolation_level=None)) as base:
+        base.execute("BEGIN EXCLUSIVE")
+        yield

@@ -26,3 +26,17 @@ def unrolled(
     if shape_weight:
         loss = loss + shape_weight * shape_difference((points[0], path[len(batches) // 2], path[-1]), points)
     return loss.detach(), *torch.autograd.grad(loss, (images, labels, alpha))
+
+
+def taught(
+    net, begin, images, labels, batches, alpha, probes, wanted, kind: str = "multiclass"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of function-space matching and its gradients (images, alpha), by one autograd graph."""
+    images, alpha = (t.detach().clone().requires_grad_(True) for t in (images, alpha))
+    theta = begin.clone().requires_grad_(True)
+    for batch in batches:
+        (g,) = torch.autograd.grad(loss_of(kind, net(theta, batch(images, labels)[0]), batch(images, labels)[1]), theta,
+                                   create_graph=True)  # fmt: skip
+        theta = theta - alpha * g
+    loss = loss_of(kind, net(theta, probes), wanted)
+    return loss.detach(), *torch.autograd.grad(loss, (images, alpha))

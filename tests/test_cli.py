@@ -206,7 +206,7 @@ def test_probe_then_fit_then_probe(fedistill, tmp_path: Path, monkeypatch: pytes
 def test_lists(fedistill) -> None:
     code, out, _ = fedistill("methods")
     assert code == 0
-    assert all(name in out for name in ("mtt", "datm", "ptm", "prune", "arXiv 2403.13469"))
+    assert all(name in out for name in ("mtt", "datm", "ptm", "prune", "sketch", "teach", "arXiv 2403.13469"))
     code, out, _ = fedistill("options")
     assert code == 0
     assert "by preset: quick" in out

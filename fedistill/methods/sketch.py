@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from fedistill.config import Config
 from fedistill.data.phantoms import phantoms_like
 from fedistill.data.public import normalise
+from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
 from fedistill.matching.problem import Bundle, Matching, membership
@@ -78,28 +79,26 @@ def embedding_of(config: Config, task: Task, device: torch.device | None = None)
 
 
 @torch.no_grad()
-def sketch(config: Config, task: Task, images: Tensor, targets: Tensor, records: list[Tensor]) -> Tensor:
-    """The exact sketch `(G, 2FR + 1)` of uint8 images `(n, C, H, W)` with targets `(n, K)`: sums over records, counts last.
+def sketch(config: Config, task: Task, images: Tensor, targets: Tensor, records: Records) -> Tensor:
+    """The exact sketch `(G, 2FR + 1)` float64 of uint8 images `(n, C, H, W)` with targets `(n, K)`: sums over records, counts last.
 
-    records: positions of the images of each record, whose images share its weight; a record changes the sketch by at most `NORM`
-    in L2 norm, over all numbers together.
+    The images of a record share its weight; it changes the sketch by at most `NORM` in L2 norm, over all numbers together.
     """
     device = device_of(config.device)
     public, operations = embedding_of(config, task, device), task.operations(config)
     rng = generator(config.seed, "sketch-augmentations")
     shown = [Draw("none")] + [draw(operations, rng) for _ in range(config.sketch_augmentations - 1)]
-    share = torch.zeros(len(images))
-    for record in records:
-        share[record] = 1 / len(record)
-    member = F.normalize(membership(targets.float(), task.kind), dim=1) * share[:, None]  # rows of length `share`
-    total = torch.zeros((member.shape[1], public.networks * public.length + 1), device=device)
+    share = records.share[:, None]
+    member = F.normalize(membership(targets.double(), task.kind), dim=1) * share  # rows of length `share`
+    # In float64: rounding in a sum of many images must not add to what one of them can change.
+    total = torch.zeros((member.shape[1], public.networks * public.length + 1), dtype=torch.float64)
     for chunk in torch.arange(len(images)).split(CHUNK):
         x = normalise(images[chunk], task.modality).to(device)
         shares = [torch.cat([public.of(r, augment(x, op)) for r in range(public.networks)], 1) for op in shown]
-        z = torch.stack(shares).mean(0) / math.sqrt(public.networks)
-        z = torch.cat([z, torch.full((len(z), 1), COUNT_WEIGHT, device=device)], 1)
-        total += member[chunk].to(device).T @ z
-    return total.cpu()
+        z = torch.stack(shares).mean(0).cpu().double() / math.sqrt(public.networks)
+        z /= z.norm(dim=1, keepdim=True).clamp_min(1.0)  # rounding must not make it longer than 1
+        total += member[chunk].T @ torch.cat([z, torch.full((len(z), 1), COUNT_WEIGHT, dtype=torch.float64)], 1)
+    return total
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,9 @@ class Sketched:
     def of(config: Config, task: Task, sums: Tensor) -> Sketched:
         device = device_of(config.device)
         public = embedding_of(config, task, device)
-        count = sums[:, -1:].to(device) / COUNT_WEIGHT
-        means = sums[:, :-1].to(device) / count.clamp_min(1.0) * math.sqrt(public.networks)
+        sums = sums.float().to(device)
+        count = sums[:, -1:] / COUNT_WEIGHT
+        means = sums[:, :-1] / count.clamp_min(1.0) * math.sqrt(public.networks)
         return Sketched(public, torch.stack(means.chunk(public.networks, 1)), count[:, 0] >= 0.5)
 
 

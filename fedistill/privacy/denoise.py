@@ -20,6 +20,8 @@ def denoise(paths: Sequence[Tensor], sizes: Sequence[int], *, how: str, step_noi
 
         s = max(0, 1 - E|noise|^2 / |way|^2)
 
+    Where s is 0 nothing is known of the way, and the checkpoint lies in proportion on the way to the next one that is known.
+
     sizes: parameters of each layer. step_noise: deviation of one step's noise per coordinate. every: steps per checkpoint.
     """
     if how == "none":
@@ -37,6 +39,10 @@ def denoise(paths: Sequence[Tensor], sizes: Sequence[int], *, how: str, step_noi
         parts = []
         for part in way.split(list(sizes), 1):
             noise = variance.to(part) * part.shape[1]
-            parts.append(part * (1 - noise / part.square().sum(1).clamp_min(1e-30)).clamp_min(0)[:, None])
+            part = part * (1 - noise / part.square().sum(1).clamp_min(1e-30)).clamp_min(0)[:, None]
+            for k in reversed(range(1, checkpoints - 1)):
+                if not part[k].any():
+                    part[k] = part[k + 1] * k / (k + 1)
+            parts.append(part)
         way = torch.cat(parts, 1)
     return [path[0] + way]

@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.public import normalise
+from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts import trajectory
 from fedistill.experts.train import Task, architectures_of, expert_file, steps_done
@@ -107,14 +108,13 @@ class PrivateSGD:
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
 
-        warnings.filterwarnings("ignore", module="opacus|torch.nn.modules.module")
         self._task, self._train, self._mechanism = task, train, mechanism
         self._operations = task.operations(config)
         self._device, self._weights = theta.device, weights.to(theta.device)
         self._records = records_by_unit(train, config.unit)
         self._targets = targets_of(train.labels, task.classes, task.kind)
         net = build(name, task.geometry, task.classes, width=config.width, depth=config.depth).to(self._device)
-        vector_to_parameters(theta, net.parameters())
+        vector_to_parameters(theta.clone(), net.parameters())  # which makes views: the steps would change `theta`
         self._net = GradSampleModule(net)
         self._secret = secret_generator()
         self._optimizer = DPOptimizer(
@@ -123,6 +123,7 @@ class PrivateSGD:
             max_grad_norm=mechanism.clip_norm,
             expected_batch_size=mechanism.sample_rate * len(self._records),
             generator=secret_generator(self._device),
+            secure_mode=True,  # half the sum of four draws, as in `noisy`
         )
 
     def theta(self) -> Tensor:
@@ -139,7 +140,9 @@ class PrivateSGD:
             y = self._targets[chunk].to(self._device)
             if len(chunk):
                 each = per_image_loss(self._task.kind, self._net(x), y, self._weights)
-                each.mean().backward()
+                with warnings.catch_warnings():  # of a hook that Opacus sets, where images need no gradient
+                    warnings.filterwarnings("ignore", "Full backward hook is firing")
+                    each.mean().backward()
             else:  # nobody was drawn: the noise is added all the same
                 for parameter in self._net.parameters():
                     parameter.grad_sample = torch.zeros((0, *parameter.shape), device=self._device)
@@ -157,17 +160,13 @@ def per_image_loss(kind: str, logits: Tensor, targets: Tensor, weights: Tensor) 
     return -(targets * weights * logits.log_softmax(1)).sum(1)
 
 
-def records_by_unit(train: Split, unit: str) -> list[Tensor]:
-    """The positions of the images of each record."""
-    if unit == "image":
-        return list(torch.arange(len(train))[:, None])
-    patients = patients_of(train)
-    return [torch.nonzero(patients == p).flatten() for p in patients.unique()]
+def records_by_unit(train: Split, unit: str) -> Records:
+    """The images, or the patients. Raises `FedistillError` where patients are asked for and the data do not name them."""
+    return Records.of_images(len(train)) if unit == "image" else Records.of_patients(patients_of(train))
 
 
-def sample(records: list[Tensor], rate: float, secret: torch.Generator) -> Tensor:
+def sample(records: Records, rate: float, secret: torch.Generator) -> Tensor:
     """Poisson sampling: each record by a coin of its own, and of a record that is drawn one random image."""
-    drawn = torch.nonzero(torch.rand(len(records), generator=secret) < rate).flatten().tolist()
-    picks = torch.rand(len(drawn), generator=secret)
-    chosen = [records[r][int(u * len(records[r]))] for r, u in zip(drawn, picks.tolist(), strict=True)]
-    return torch.stack(chosen) if chosen else torch.zeros(0, dtype=torch.int64)
+    coins, picks = torch.rand((2, len(records)), generator=secret, dtype=torch.float64)
+    drawn = torch.nonzero(coins < rate).flatten()
+    return records.one_each(drawn, picks[drawn])

@@ -6,14 +6,17 @@ What it leaves behind in the folder (noisy counts, private experts or a noisy sk
 from __future__ import annotations
 
 from pathlib import Path
+from secrets import token_hex
 
 import torch
 from torch import Tensor
 
 from fedistill.config import Config
 from fedistill.data.dataset import Split
+from fedistill.data.records import Records
+from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, load_trajectory
-from fedistill.files import read_json, read_tensors, write_json, write_tensors
+from fedistill.files import alone, read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.problem import membership
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
@@ -37,8 +40,15 @@ def learn(
     noise, and only what is finished is ever used: the plan covers one use of each mechanism.
     Raises `FedistillError` where the plan is impossible, or more than the ledger's `cap` has left.
     """
+    with alone(folder / "private.lock"):  # of two processes each would release a noisy result of its own
+        return _learn(config, task, train, folder, site=site, ledger=ledger, cap=cap, until=until)
+
+
+def _learn(
+    config: Config, task: Task, train: Split, folder: Path, *, site: str, ledger: Path, cap: Cap | None, until: float
+) -> tuple[int, int]:
     plan = _plan(config, train, folder)
-    key = f"{folder.name}/{_word(config)}"
+    key = f"{folder.name}/{_word(config)}/{read_json(_plan_file(config, folder))['nonce']}"
     Ledger(ledger).spend(
         key=key,
         data=site,
@@ -85,17 +95,27 @@ def private_counts(config: Config, folder: Path) -> list[int]:
 
 
 def private_trajectories(config: Config, task: Task, folder: Path) -> list[Tensor]:
-    """The trajectories `(T+1, P)` that matching sees, after `config.denoise`."""
+    """The trajectories `(T+1, P)` that matching sees, after `config.denoise`.
+
+    Raises `FedistillError` where nothing but noise can be told from them.
+    """
     plan, last = read_plan(config, folder), expert_steps(config) // config.checkpoint_every
     sgd = plan["dp-sgd"]
     paths = [load_trajectory(folder, e, last) for e in range(config.experts)]
-    return denoise(
+    paths = denoise(
         paths,
         task.network(config.model, config).sizes,
         how=config.denoise,
         step_noise=config.dp_lr * sgd.noise_multiplier * sgd.clip_norm / (sgd.sample_rate * plan.records),
         every=config.checkpoint_every,
     )
+    if any(torch.equal(path[0], path[-1]) for path in paths):
+        raise FedistillError(
+            "all-noise",
+            f"What private experts learn at epsilon={config.epsilon:g} is smaller than their noise: use method=sketch, a larger "
+            "epsilon, or a smaller width.",
+        )
+    return paths
 
 
 def private_sketch(folder: Path) -> Tensor:
@@ -116,11 +136,12 @@ def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
 
 
 def _plan(config: Config, train: Split, folder: Path) -> Plan:
+    """The plan, which a kill survives. Its nonce makes another spend of what is done again because the folder was deleted."""
     file = _plan_file(config, folder)
     if not file.exists():
         plan = plan_of(config, records_of(train, config.unit))
         first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
-        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second}
+        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second, "nonce": token_hex(8)}
         write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
     return read_plan(config, folder)
 
@@ -137,12 +158,12 @@ def _counts_file(folder: Path) -> Path:
     return folder / "private-counts.safetensors"
 
 
-def _counts(task: Task, train: Split, folder: Path, records: list[Tensor], mechanism: Mechanism) -> Tensor:
+def _counts(task: Task, train: Split, folder: Path, records: Records, mechanism: Mechanism) -> Tensor:
     """Noisy images per class `(K,)`: a record counts 1 in all, spread over the classes of its images."""
     file = _counts_file(folder)
     if not file.exists():
         member = torch.nn.functional.normalize(_targets_by_class(train, task), dim=1)
-        counts = torch.stack([member[record].mean(0) for record in records]).sum(0)
+        counts = (member * records.share[:, None]).sum(0)
         write_tensors(file, {"counts": noisy(counts, mechanism)}, {})
     return read_tensors(file)[0]["counts"]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedistill.config import Config
 from fedistill.errors import FedistillError
+from fedistill.experts.train import architectures_of
 from fedistill.methods.registry import method_of
 from fedistill.privacy.plan import Plan
 
@@ -23,6 +24,10 @@ def check_private(config: Config) -> None:
                     "privacy-off",
                     f"{name}={getattr(config, name):g} has no effect without privacy=dp: add --privacy dp.",
                 )
+        if config.unit != "image":
+            raise FedistillError(
+                "privacy-off", f"unit={config.unit} has no effect without privacy=dp: add --privacy dp."
+            )
         return
     if not config.epsilon:
         raise FedistillError("no-budget", "privacy=dp needs a budget: say --epsilon, for example 10, 3 or 1.")
@@ -43,7 +48,11 @@ def check_private(config: Config) -> None:
         raise FedistillError(
             "not-for-method", f"rounds={config.rounds} needs trajectory matching: use ptm, or one round."
         )
-    if len({*config.model.split(",")}) > 1:
+    if method.sketch and method.soft_labels:
+        raise FedistillError(
+            "not-for-method", "labels=soft asks private experts, and method=sketch has none: use labels=hard, or teach."
+        )
+    if method.experts and len({*architectures_of(config)}) > 1:
         raise _refused(f"model={config.model}", "private experts are averaged, which takes one architecture: name one")
 
 
@@ -66,7 +75,8 @@ def statement_of(config: Config, plan: Plan) -> dict[str, Any]:
         "public": ["procedural phantoms centre the features of sketches, and are the probes of method=teach"],
         "not_covered": [
             "settings that were tuned on these very records",
-            "gaps of floating-point noise (Mironov, CCS 2012), and Torch's generator, which is no cryptographic one",
+            "floating-point noise beyond the remedy of Holohan and Braghin (sums of four draws), and Torch's generator, which is "
+            "no cryptographic one",
             "side channels such as the time that work takes",
             "facts about the group of patients as a whole, which differential privacy does not hide",
         ],

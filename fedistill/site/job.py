@@ -25,6 +25,7 @@ import fedistill
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.public import NORMALISATION, normalise
+from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, architectures_of, load_trajectory, train_experts
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
@@ -94,6 +95,11 @@ def advance(
     cap: the most that may ever be spent on the site's records.
     Raises `FedistillError` where data or settings make the work impossible, or `cap` forbids it.
     """
+    if cap is not None and config.privacy != "dp":
+        raise FedistillError(
+            "over-budget",
+            f"privacy={config.privacy} has no epsilon, and this site has a cap of {cap.epsilon:g}: use dp.",
+        )
     folders, method = _Folders.of(config, data, site, work, run), method_of(config)
     if (folders.release(round) / "manifest.json").exists():
         return Progress(**_tupled(read_json(folders.progress(round))))
@@ -221,7 +227,7 @@ def _facts(config: Config, data: Dataset, folders: _Folders) -> dict[str, Any]:
         return _private_facts(config, task, folders.experts)
     targets = targets_of(train.labels, task.classes, task.kind)
     if method_of(config).sketch:
-        records = list(torch.arange(len(train))[:, None])
+        records = Records.of_images(len(train))
         write_tensors(folders.sketch, {"sums": sketch.sketch(config, task, train.images, targets, records)})
     facts: dict[str, Any] = {"counts": train.counts(task.classes), "overlap_limits": [], "findings": []}
     if task.kind == "multilabel":

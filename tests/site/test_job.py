@@ -83,7 +83,7 @@ def test_methods_that_read_real_images_say_so(method: str, tiny: Dataset, tmp_pa
     config = settings(method=method)
     while not list(tmp_path.rglob("facts-*.json")):
         advance(config, tiny, "north", tmp_path, seconds=0)
-    bundle = load_bundle(config, tiny, _Folders.of(config, tiny, "north", tmp_path, ""))
+    bundle = load_bundle(config, task_of(tiny), _Folders.of(config, tiny, "north", tmp_path, ""))
     matching = prepare(config, method_of(config), bundle)
     with pytest.raises(FedistillError, match="has no access to them"):
         distil(matching, start(matching, "north"), until=float("inf"))
