@@ -14,6 +14,7 @@ from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset, Split, of_task
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
+from fedistill.privacy.ledger import Cap
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget, check_settings
 from fedistill.site.job import Progress, advance, released_set
@@ -34,7 +35,8 @@ def distill(
     images: `(n, C, H, W)`, `(n, H, W)` or volumes `(n, C, D, H, W)`, uint8, or floating point in 0..1.
     labels: `(n,)` whole numbers from 0, or `(n, K)` of 0 and 1 where an image may have several of K findings.
     settings: any configuration key, for example `ipc=10, method="datm", preset="quick", seed=0`; `task="ordinal"` says that
-        the labels are grades.
+        the labels are grades. `work` is a folder that is kept, with the ledger of `privacy="dp"`: without it, nobody knows
+        later what was spent on these images.
     Returns a `torch.utils.data.Dataset` of (normalised image, label `(K,)`). Raises `FedistillError` on bad input.
 
         synthetic = fedistill.distill(images, labels, ipc=10, preset="quick")
@@ -42,14 +44,22 @@ def distill(
     """
     config = make_config(settings).resolved()
     data = of_task(from_tensors(images, labels, class_names=class_names, modality=modality), config.task)
+    if config.work:
+        return distill_site(config, data, "site", Path(config.work), on_progress=on_progress)
     with tempfile.TemporaryDirectory(prefix="fedistill-") as work:
         return distill_site(config, data, "site", Path(work), on_progress=on_progress)
 
 
 def distill_site(
-    config: Config, data: Dataset, site: str, work: Path, *, on_progress: Callable[[Progress], None] | None = None
+    config: Config,
+    data: Dataset,
+    site: str,
+    work: Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    cap: Cap | None = None,
 ) -> SyntheticSet:
-    """Run one site's job to its end, slice by slice; `work` makes it resumable.
+    """Run one site's job to its end, slice by slice; `work` makes it resumable. cap: the most that may ever be spent.
 
     Raises `FedistillError` on settings that need a federation, or that cannot work on these data.
     """
@@ -59,8 +69,10 @@ def distill_site(
         )
     check_settings(config, task_of(data))
     check_budget(config, data)
+    if cap is not None and config.privacy != "dp":
+        raise FedistillError("privacy-off", "A lifetime cap means nothing without privacy=dp: add --privacy dp.")
     while True:
-        progress = advance(config, data, site, work, seconds=config.slice_seconds)
+        progress = advance(config, data, site, work, seconds=config.slice_seconds, cap=cap)
         if on_progress:
             on_progress(progress)
         if progress.done:
