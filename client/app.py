@@ -42,7 +42,9 @@ app = ClientApp()
 HELD_OUT = ("val", "test")
 OWN_FILES = ("broken-ledger", "unusable-ledger", "other-format", "other-work")  # errors whose sentences name them
 
-_loaded: dict[tuple[str, str], tuple[Dataset, Partition | None]] = {}  # the last data, for this process's next message
+_loaded: dict[
+    tuple[str, str, bool], tuple[Dataset, Partition | None]
+] = {}  # the last data, for this process's next message
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
 
 def _load(config: Config, source: str, *, split: bool) -> tuple[Dataset, Partition | None]:
     local = dataclasses.replace(config, data=source)
-    key = (local.key("data"), local.privacy)
+    key = (local.key("data"), local.privacy, split)
     if key not in _loaded:
         _loaded.clear()
         data = load_data(local)
