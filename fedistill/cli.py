@@ -91,8 +91,8 @@ def simulate(
         return
     screen.print(sites_table(summary), arms_table(summary), sep="\n")
     screen.print(verdict(summary), highlight=False)
-    if summary["privacy"]:
-        screen.print(guarantee(summary), highlight=False)
+    if promise := guarantee(summary):
+        screen.print(promise, highlight=False)
     screen.print(f"Report: {Path(config.out).resolve() / 'report.html'}", soft_wrap=True, highlight=False)
 
 

@@ -107,7 +107,8 @@ def sites_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("Status", overflow="fold")
     phases = sorted({str(p) for site in summary.get("sites") or [] for p in site.get("phases") or {}}, reverse=True)
     seconds = [f"{plain(p).capitalize()} s" for p in phases]
-    for title in ("Real", "Synthetic", *seconds, "Iterations", "Loss", "Upload"):
+    real = "Patients" if records(summary) == "patients" else "Real"
+    for title in (real, "Synthetic", *seconds, "Iterations", "Loss", "Upload"):
         table.add_column(title, justify="right")
     for site in summary.get("sites") or []:
         status = str(site.get("status", ""))
