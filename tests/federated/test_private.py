@@ -11,10 +11,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from localgrid import LocalGrid
+from PIL import Image
 from rich.console import Console
 
 from client.app import app as client_app
@@ -155,6 +157,41 @@ def test_a_finished_run_is_found_again_and_changed_data_are_noticed(finished: tu
     with pytest.raises(FedistillError, match="secrets in the work folder"):
         simulate(config, Console(file=StringIO()))
     secret.write_bytes(before)
+
+
+EXPERTS = {"method": "ptm", "experts": 1, "expert_steps": 40, "segment": 2, "syn_steps": 2, "skip_above": 1000.0}
+
+
+@pytest.mark.parametrize(
+    "more", [{"task": "multilabel", "ipc": 3}, {"task": "ordinal"}, EXPERTS, EXPERTS | {"task": "multilabel"}]
+)
+def test_every_kind_of_task_and_of_private_work(more: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    grid = run(tiny(out=str(out), eval_epsilon=5.0, server_data="none", **more), deployed(tmp_path))
+    assert [about["counts"] for about in grid.answers("query.describe")] == [None, None]
+    assert load_set(out / "seed-0/merged").sites == ("north", "south")
+    summary = read_json(out / "summary.json")
+    assert 0 < summary["privacy"]["epsilon"] <= 20
+    assert summary["arms"]["distilled"]["accuracy"]["mean"] is not None
+    mechanisms = Ledger(tmp_path / "north/site-north/ledger.db", create=False).entries()[0].mechanisms
+    assert [m.name for m in mechanisms] == (["counts", "dp-sgd"] if "method" in more else ["sketch"])
+
+
+def test_patients_are_protected_where_they_are_named(tmp_path: Path) -> None:
+    rng, lines = np.random.default_rng(0), ["path,label,split,patient"]
+    for i in range(96):
+        split = ("train", "val", "test")[i % 3]
+        Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,{'ab'[i // 3 % 2]},{split},{split}-{i // 6}")
+    (tmp_path / "m.csv").write_text("\n".join(lines))
+    nodes = [node | {"data": str(tmp_path / "m.csv")} for node in deployed(tmp_path)]
+    grid = run(tiny(out=str(tmp_path / "run"), eval_epsilon=5.0, server_data="none", unit="patient"), nodes)
+    assert [about["train"] for about in grid.answers("query.describe")] == [16, 16]  # of 32 images
+    entries = Ledger(tmp_path / "north/site-north/ledger.db", create=False).entries()
+    assert {e.unit for e in entries} == {"patient"}
+    summary = read_json(tmp_path / "run/summary.json")
+    assert (summary["privacy"]["unit"], summary["data"]["train"]) == ("patient", 32)
+    assert "32 training patients" in (tmp_path / "run/report.html").read_text()
 
 
 def test_answers_are_paid_for_once(tmp_path: Path) -> None:
