@@ -1,8 +1,8 @@
 """Flower ClientApp: what runs inside a hospital. Each handler decodes, makes one library call, and encodes.
 
-A site's node configuration (`flower-supernode --node-config`) names it: site="...", data="...", work-dir="...".
-In a simulation the partition id takes the place of all three. Nothing leaves but JSON that the library made for
-release, a released synthetic set, and counts of right and wrong answers; of an unexpected error only the fact.
+A site's node configuration (`node.py`) names it, and says what it allows. In a simulation the partition id takes its place.
+Nothing leaves but JSON that the library made for release, a released synthetic set, and counts of right and wrong answers;
+of an unexpected error only the fact. With privacy=dp all of that is public, or was paid for on the site's ledger.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from client.node import rules_of
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import Partition, partition
@@ -26,13 +28,23 @@ from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import confusion_at
 from fedistill.methods.registry import method_of
-from fedistill.site.describe import describe
+from fedistill.privacy.answers import private_answers
+from fedistill.privacy.ledger import Cap
+from fedistill.privacy.plan import delta_of, records_of
+from fedistill.processes import alone
+from fedistill.site.describe import describe, describe_privately
+from fedistill.site.folder import site_folder
 from fedistill.site.job import advance, released_set
 from fedistill.wire import decode, encode
 
 app = ClientApp()
 
-_loaded: dict[str, tuple[Dataset, Partition | None]] = {}  # the last data, for the next message to this process
+HELD_OUT = ("val", "test")
+OWN_FILES = ("broken-ledger", "unusable-ledger", "other-format", "other-work")  # errors whose sentences name them
+
+_loaded: dict[
+    tuple[str, str, bool], tuple[Dataset, Partition | None]
+] = {}  # the last data, for this process's next message
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,7 @@ class Site:
     data: Dataset
     work: Path
     simulated: bool
+    cap: Cap | None = None
 
 
 def refuse_real_images(config: Config) -> None:
@@ -64,22 +77,21 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
             raise FedistillError("node-config", f"The partition has no site number {number + 1}.")
         name = parts.names[number]
         return Site(name, parts.at(data, number), Path(config.work), True)
-    if missing := [k for k in ("site", "data", "work-dir") if not node.get(k)]:
-        raise FedistillError("node-config", f"The SuperNode's --node-config lacks {', '.join(missing)}.")
+    rules = rules_of(node)
+    rules.check(config)
     name = str(node["site"])
     try:
         data, _ = _load(config, str(node["data"]), split=False)
     except FedistillError as error:  # its sentence may name files, and files are named after patients
         _keep(error.sentence, Path(str(node["work-dir"])))
-        raise FedistillError(
-            error.code, f"The data of site '{name}' cannot be used: errors.log there says why."
-        ) from None
-    return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])), False)
+        code = error.code if config.privacy == "none" else "bad-data"  # what is wrong with private data is private
+        raise FedistillError(code, f"The data of site '{name}' cannot be used: errors.log there says why.") from None
+    return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])), False, rules.cap)
 
 
 def _load(config: Config, source: str, *, split: bool) -> tuple[Dataset, Partition | None]:
     local = dataclasses.replace(config, data=source)
-    key = local.key("data")
+    key = (local.key("data"), local.privacy, split)
     if key not in _loaded:
         _loaded.clear()
         data = load_data(local)
@@ -92,8 +104,8 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
 
     def handler(msg: Message, context: Context) -> Message:
         folder: Path | None = None
+        node = dict(context.node_config)
         try:
-            node = dict(context.node_config)
             folder = Path(str(node["work-dir"])) if "work-dir" in node else None
             config = make_config(json.loads(str(_job(msg)["config"])))
             if "partition-id" in node:
@@ -101,7 +113,11 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
                 config = dataclasses.replace(config, workers=1)
             content = work(msg, find_site(config, node), config)
         except FedistillError as error:
-            content = _error(error.code, error.sentence)
+            sentence = error.sentence
+            if error.code in OWN_FILES and "partition-id" not in node:
+                _keep(sentence, folder)
+                sentence = "The ledger of this site cannot be used: errors.log there says why."
+            content = _error(error.code, sentence)
         except Exception:
             _keep(traceback.format_exc(), folder)
             content = _error("internal", "An unexpected error: see errors.log in the work folder of the site.")
@@ -113,7 +129,11 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
 @app.query("describe")
 @answers
 def describe_site(msg: Message, site: Site, config: Config) -> RecordDict:
-    return _reply(describe(site.data, site.name))
+    if config.privacy == "none":
+        return _reply(describe(site.data, site.name))
+    records = records_of(site.data.train, config.unit)
+    delta_of(config, records)  # an impossible one is refused before any work
+    return _reply(describe_privately(site.data, site.name, site_folder(site.work, site.name), records))
 
 
 @app.train("distill")
@@ -125,9 +145,18 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
     job = _job(msg)
     number, run = int(job["round"]), str(job["run"])
     context = decode(_arrays(msg, "context"), str(job["context"])) if "context" in msg.content else None
-    progress = advance(
-        config, site.data, site.name, site.work, seconds=float(job["seconds"]), round=number, context=context, run=run
-    )
+    with _undisturbed(config, site):
+        progress = advance(
+            config,
+            site.data,
+            site.name,
+            site.work,
+            seconds=float(job["seconds"]),
+            round=number,
+            context=context,
+            run=run,
+            cap=site.cap,
+        )
     content = _reply(dataclasses.asdict(progress))
     if progress.done:
         arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number, run=run))
@@ -139,12 +168,27 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
 @app.evaluate("models")
 @answers
 def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
-    """How often each global model takes one class of this site's images for another, or a finding for none."""
+    """How often each global model takes one class of this site's held-out images for another, or a finding for none."""
     split = str(_job(msg)["split"])
+    if split not in HELD_OUT:
+        raise FedistillError("bad-job", f"Models are tested on {' or '.join(HELD_OUT)}, not on '{split}'.")
+    models = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
+    if config.privacy == "dp":
+        return _reply(private_answers(config, site.data, site.name, site.work, models, split, cap=site.cap))
     return _reply({
-        name: confusion_at(config, site.data, name.partition("@")[0], torch.from_numpy(theta.copy()), split).tolist()
-        for name, theta in _arrays(msg, "models").items()
+        name: confusion_at(config, site.data, name.partition("@")[0], theta, split).tolist()
+        for name, theta in models.items()
     })  # fmt: skip
+
+
+@contextmanager
+def _undisturbed(config: Config, site: Site) -> Iterator[None]:
+    """Private work by one process at a time: a message that came twice must not draw noise twice for one payment."""
+    if config.privacy == "none":
+        yield
+        return
+    with alone(site_folder(site.work, site.name), wait=True):
+        yield
 
 
 def _job(msg: Message) -> Any:

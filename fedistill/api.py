@@ -14,6 +14,7 @@ from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset, Split, of_task
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
+from fedistill.privacy.ledger import Cap
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget, check_settings
 from fedistill.site.job import Progress, advance, released_set
@@ -51,15 +52,21 @@ def check_ledger_stays(config: Config) -> None:
     """Raise `FedistillError` where private work would leave no lasting record of what it spent."""
     if config.privacy == "dp" and not config.work:
         raise FedistillError(
-            "no-work-folder",
-            "privacy=dp needs a work folder, where the ledger of what was spent stays: say --work FOLDER.",
+            "no-work",
+            "privacy=dp keeps a ledger of what was ever spent on these data: say where with --work, and keep it.",
         )
 
 
 def distill_site(
-    config: Config, data: Dataset, site: str, work: Path, *, on_progress: Callable[[Progress], None] | None = None
+    config: Config,
+    data: Dataset,
+    site: str,
+    work: Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    cap: Cap | None = None,
 ) -> SyntheticSet:
-    """Run one site's job to its end, slice by slice; `work` makes it resumable.
+    """Run one site's job to its end, slice by slice; `work` makes it resumable. cap: the most that may ever be spent.
 
     Raises `FedistillError` on settings that need a federation, or that cannot work on these data.
     """
@@ -69,8 +76,10 @@ def distill_site(
         )
     check_settings(config, task_of(data))
     check_budget(config, data)
+    if cap is not None and config.privacy != "dp":
+        raise FedistillError("privacy-off", "A lifetime cap means nothing without privacy=dp: add --privacy dp.")
     while True:
-        progress = advance(config, data, site, work, seconds=config.slice_seconds)
+        progress = advance(config, data, site, work, seconds=config.slice_seconds, cap=cap)
         if on_progress:
             on_progress(progress)
         if progress.done:

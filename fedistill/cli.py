@@ -21,6 +21,8 @@ from fedistill.commands.shared import (
     KEYS,
     AsJson,
     Data,
+    Delta,
+    Epsilon,
     Experts,
     Init,
     Ipc,
@@ -28,8 +30,10 @@ from fedistill.commands.shared import (
     Method,
     Partition,
     Preset,
+    Privacy,
     Seed,
     Sets,
+    Unit,
     Width,
     Work,
     configured,
@@ -66,6 +70,10 @@ def simulate(
     rounds: Annotated[int | None, typer.Option(help="Federated rounds.")] = None,
     seed: Seed = None,
     seeds: Annotated[int | None, typer.Option(help="Repeat with this many seeds and report deviations.")] = None,
+    privacy: Privacy = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    unit: Unit = None,
     preset: Preset = None,
     work: Work = None,
     out: Annotated[str | None, typer.Option(help="Folder of the run; the same command continues there.")] = None,
@@ -73,7 +81,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Simulate hospitals on this machine: distil at each, merge, train global models, compare, report."""
-    from fedistill.report.tables import arms_table, sites_table, verdict
+    from fedistill.report.tables import arms_table, guarantee, sites_table, verdict
     from fedistill.simulation import simulate as run
 
     config = configured(settings, {k: v for k, v in locals().items() if k in KEYS}, out="runs/simulation")
@@ -83,6 +91,8 @@ def simulate(
         return
     screen.print(sites_table(summary), arms_table(summary), sep="\n")
     screen.print(verdict(summary), highlight=False)
+    if promise := guarantee(summary):
+        screen.print(promise, highlight=False)
     screen.print(f"Report: {Path(config.out).resolve() / 'report.html'}", soft_wrap=True, highlight=False)
 
 
@@ -161,6 +171,16 @@ def distill(
     experts: Experts = None,
     width: Width = None,
     seed: Seed = None,
+    privacy: Privacy = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    unit: Unit = None,
+    lifetime_epsilon: Annotated[
+        float | None, typer.Option(help="The most that may ever be spent on these data, by the ledger in --work.")
+    ] = None,
+    lifetime_delta: Annotated[
+        float | None, typer.Option(help="The delta at which --lifetime-epsilon is meant.")
+    ] = None,
     preset: Preset = None,
     work: Work = None,
     settings: Sets = None,
@@ -169,6 +189,7 @@ def distill(
     """Distil one data set into a synthetic set, without a federation."""
     from fedistill.api import check_ledger_stays, distill_site
     from fedistill.data.sources import load_data
+    from fedistill.privacy.ledger import cap_of
     from fedistill.synthetic.store import save_set
     from fedistill.wire import encode, size
 
@@ -176,12 +197,13 @@ def distill(
     folder = Path(out)
     if folder.exists():
         raise FedistillError("exists", f"{folder} exists already: choose another --out, or remove it.")
+    cap = cap_of(lifetime_epsilon, lifetime_delta)
     check_ledger_stays(config)
     loaded = load_data(config)
     workplace = Path(config.work) if config.work else folder.with_name(f".{folder.name}.work")
     try:
         with _bar() as bar:
-            made = distill_site(config, loaded, loaded.name, workplace, on_progress=bar)
+            made = distill_site(config, loaded, loaded.name, workplace, on_progress=bar, cap=cap)
     except KeyboardInterrupt:
         screen.print("Stopped. The same command goes on from here.", highlight=False)
         raise typer.Exit(130) from None

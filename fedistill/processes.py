@@ -67,8 +67,8 @@ def terminate_is_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises `FedistillError` ("busy") if another process works in it."""
+def alone(out: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the folder's lock. Raises `FedistillError` ("busy") if another process works in it, unless it is to be waited for."""
     try:
         import fcntl
     except ImportError:  # Windows: no lock
@@ -77,7 +77,7 @@ def alone(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise FedistillError("busy", f"Another process is working in {out}: wait for it, or stop it.") from None
         yield

@@ -7,7 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -26,6 +26,9 @@ from fedistill.processes import (
     terminate_is_interrupt,
 )
 
+if TYPE_CHECKING:
+    from fedistill.data.dataset import Dataset
+
 SAMPLE_SECONDS = 2.0
 
 
@@ -37,12 +40,12 @@ def simulate(config: Config, console: Console, *, command: str = "") -> dict[str
     engine and raise `SystemExit` with code 130.
     """
     config = absolute(config.resolved())
-    fingerprint = check(config)
+    sites = check(config)
     out = Path(config.out)
     refuse_foreign(out)
     with alone(out):
         claim_folder(out, config)
-        if not _finished(out, config, fingerprint):
+        if not _finished(out, config, sites):
             _run_engine(out, console, command)
         return dict(read_json(out / "summary.json"))
 
@@ -62,15 +65,15 @@ def absolute(config: Config) -> Config:
     )
 
 
-def check(config: Config) -> str:
-    """Load and divide the data as every process of the run will; returns the fingerprint of the first seed's sites.
+def check(config: Config) -> list[Dataset]:
+    """Load and divide the data as every process of the run will; returns the first seed's sites.
 
     Raises `FedistillError` on anything that is wrong.
     """
     # torch takes a second to import: only when a run really starts
-    from fedistill.data.dataset import combined
     from fedistill.data.partition import partition
     from fedistill.data.sources import load_data
+    from fedistill.privacy.plan import delta_of, records_of
     from fedistill.site.describe import task_of
     from fedistill.site.feasible import check_budget, check_settings
 
@@ -86,16 +89,28 @@ def check(config: Config) -> str:
     if data.kind == "multilabel":
         for site in sites:
             check_budget(config, site)
-    return combined(site.fingerprint for site in sites)
+    if config.privacy == "dp":
+        for site in sites:
+            delta_of(config, records_of(site.train, config.unit))
+    return sites
 
 
-def _finished(out: Path, config: Config, fingerprint: str) -> bool:
+def _finished(out: Path, config: Config, sites: list[Dataset]) -> bool:
     """Whether the folder holds the summary of this very run. Raises `FedistillError` if the data have changed since."""
     if not (out / "summary.json").exists():
         return False
-    summary = read_json(out / "summary.json")
-    if summary["data"]["fingerprint"] != fingerprint:
-        raise FedistillError("other-run", f"The data have changed since the run in {out}: choose another folder.")
+    from fedistill.data.dataset import combined
+    from fedistill.site.describe import keyed_fingerprint
+    from fedistill.site.folder import site_folder
+
+    summary, work = read_json(out / "summary.json"), Path(config.work or out / "work")
+    if config.privacy == "dp":
+        words = [keyed_fingerprint(site, site_folder(work, site.name)) for site in sites]
+    else:
+        words = [site.fingerprint for site in sites]
+    if summary["data"]["fingerprint"] != combined(words):
+        which = "data" if config.privacy == "none" else "data, or the secrets in the work folder,"
+        raise FedistillError("other-run", f"The {which} have changed since the run in {out}: choose another folder.")
     return summary["seeds"] == list(range(config.seed, config.seed + config.seeds))
 
 

@@ -24,6 +24,7 @@ from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import evaluate_arms
 from fedistill.events import EventLog, claim_folder
 from fedistill.files import write_json
+from fedistill.privacy.rules import check_private
 from fedistill.report.summary import write_summary
 from fedistill.simulation import absolute
 from fedistill.site.feasible import check_settings
@@ -38,6 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     """Every seed, then the summary. A `FedistillError` is written to `error.json` before it ends the run."""
     config = make_config(context.run_config).resolved()
     config = dataclasses.replace(config, out=config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{context.run_id}")
+    check_private(config)
     config = absolute(config)  # the processes of a simulation may have other working directories
     out = Path(config.out)
     log(INFO, "Run folder: %s", out)

@@ -74,21 +74,23 @@ def read_confusions(value: Any, models: set[str], shape: tuple[int, ...]) -> dic
     return value
 
 
-def read_description(value: Any) -> dict[str, Any]:
-    """What a site says that it holds. Raises `FedistillError`."""
+def read_description(value: Any, *, private: bool = False) -> dict[str, Any]:
+    """What a site says that it holds; `private`: without the number of images per class. Raises `FedistillError`."""
     if not isinstance(value, dict):
         _nonsense("is no description")
     names, counts, geometry = (value.get(k) for k in ("class_names", "counts", "geometry"))
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         _nonsense("has no class names")
-    if not isinstance(counts, list) or len(counts) != len(names) or not all(_is_count(c) for c in counts):
+    if private and counts is not None:
+        _nonsense("tells private counts")
+    if not private and not (isinstance(counts, list) and len(counts) == len(names) and all(map(_is_count, counts))):
         _nonsense("has not one count per class")
     if not isinstance(geometry, list) or len(geometry) not in (3, 4) or not all(_is_count(g) for g in geometry):
         _nonsense("has no geometry")
     train, kind = value.get("train"), value.get("kind")
     if kind not in KINDS or not _is_count(train):
         _nonsense("has no kind of task or no number of images")
-    if train < max(counts) or (kind != "multilabel" and train != sum(counts)):
+    if counts is not None and (train < max(counts) or (kind != "multilabel" and train != sum(counts))):
         _nonsense("has counts that do not fit the number of its images")
     words = {k: value.get(k) for k in ("site", "modality", "fingerprint")}
     if not all(isinstance(w, str) and 0 < len(w) <= LONGEST for w in words.values()):

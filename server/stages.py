@@ -20,10 +20,12 @@ from fedistill.config import Config
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures, candidates, global_models
+from fedistill.evaluation.fit import LEARNING_RATES
 from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
-from fedistill.files import read_json, write_json
+from fedistill.files import read_json, write_json, write_tensors
+from fedistill.release.claim import check_promise
 from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
@@ -31,6 +33,7 @@ from fedistill.synthetic.store import load_set, save_set
 from server.collect import Failure, Receive, converse, job, slice_job, wait_for_nodes, with_arrays
 from server.replies import read_confusions, read_description, read_progress, read_reply, read_set
 
+UNELECTED_RATE = 0.01  # of a server that has nothing to choose a learning rate with
 WAIT_SECONDS = 300.0  # for sites to connect
 WAIT_SIMULATED = 20.0  # virtual nodes are all there before the first message
 DESCRIBE_SECONDS = 900.0  # for a connected site to say what it holds
@@ -62,6 +65,15 @@ class Run:
     def sites(self) -> dict[str, dict[str, Any]]:
         """Site name -> what it said of itself, its status, and the figures of its work."""
         return self._read("sites.json")
+
+    @property
+    def private(self) -> bool:
+        return self.config.privacy == "dp"
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether sites are asked for their models' answers on private images."""
+        return not self.private or self.config.eval_epsilon > 0
 
     @property
     def word(self) -> str:
@@ -105,7 +117,7 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
     said: dict[int, dict[str, Any]] = {}
 
     def receive(node: int, content: RecordDict) -> None:
-        said[node] = read_description(read_reply(content))
+        said[node] = read_description(read_reply(content), private=run.private)
 
     first = dict.fromkeys(nodes, job(run.config))
     failures = _ask(run, "query.describe", first, receive, {}, min(DESCRIBE_SECONDS, run.config.deadline))
@@ -132,12 +144,16 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
             )
     for about in said.values():
         run.record(about["site"], **about)
-        run.note(about["site"], "describe", "done", message=f"{about['train']} training images")
+        what = "patients" if run.private and run.config.unit == "patient" else "images"
+        run.note(about["site"], "describe", "done", message=f"{about['train']} training {what}")
     return names, needed
 
 
 def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
-    """The task that all sites share. Raises `FedistillError` naming a site that differs, or a class that nobody has."""
+    """The task that all sites share.
+
+    Raises `FedistillError` naming a site that differs, or a class that nobody has, where the sites tell.
+    """
     for what in ("class_names", "kind", "geometry", "modality"):
         common = Counter(str(about[what]) for about in sites.values()).most_common(1)[0][0]
         for name, about in sites.items():
@@ -147,8 +163,9 @@ def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
                     f"Site '{name}' differs in {what.replace('_', ' ')}: {about[what]} and not {common}.",
                 )
     about = next(iter(sites.values()))
-    totals = [sum(counts) for counts in zip(*(a["counts"] for a in sites.values()), strict=True)]
-    absent = [name for name, total in zip(about["class_names"], totals, strict=True) if total == 0]
+    told = [a["counts"] for a in sites.values() if a["counts"] is not None]
+    totals = [sum(counts) for counts in zip(*told, strict=True)]
+    absent = [name for name, total in zip(about["class_names"], totals, strict=bool(told)) if total == 0]
     if absent:
         raise FedistillError("absent-class", f"No site has a training image of class {', '.join(absent)}.")
     modality = known_modality(about["modality"])
@@ -183,7 +200,8 @@ def _distil(
 ) -> dict[int, Failure]:
     """One round: slices until every site is ready; adds the sets to `finished` and to the run folder."""
     phases = dict.fromkeys((nodes[node] for node in first), "experts")
-    counts = {name: about["counts"] for name, about in run.sites().items()}
+    # where counts are private, each class may have its whole budget
+    counts = {name: about["counts"] or [run.config.ipc] * task.classes for name, about in run.sites().items()}
     for site in phases:
         run.note(site, "experts", "start")
 
@@ -203,6 +221,8 @@ def _distil(
         most = most_images(task, ipc=ipc, counts=counts[site], policy=policy)
         made, sent = read_set(content, max_images=most, geometry=task.geometry)
         check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy)
+        if run.private:
+            check_promise(made, run.config)
         save_set(made, run.set_folder(round, site))
         finished[site] = made
         figures = {k: now[k] for k in ("seconds", "iterations", "skipped", "notes")}
@@ -219,30 +239,40 @@ def _distil(
 
 
 def evaluate_at_sites(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Any]:
-    """Site -> counts (`evaluation.metrics`) of each global model on its test images; sites that do not answer are left out."""
+    """Site -> counts (`evaluation.metrics`) of each global model on its test images; sites that do not answer are left out.
+
+    Where answers on private images are not bought (eval_epsilon=0) no site is asked.
+    """
     if run.config.server_data == "same":
         models = global_models(run.config, merged, Path(run.config.work) / "evaluation")
     else:
         models = elect(run, nodes, task, merged)
-    return _counts(run, nodes, task, models, "test")
+    return _counts(run, nodes, task, models, "test") if run.may_ask else {}
 
 
 def elect(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) -> dict[str, Tensor]:
     """The global models of a server without data: candidates of every learning rate, of which the sites' validation
-    counts elect one per architecture."""
-    models = candidates(run.config, task, merged)
+    counts elect one per architecture; with no counts, the models of a middle rate. Which it was is in `elected.json`."""
+    models = candidates(run.config, task, merged, LEARNING_RATES if run.may_ask else (UNELECTED_RATE,))
     shape = counts_shape(task.classes, task.kind)
     totals = {name: torch.zeros(shape, dtype=torch.int64) for name in models}
-    for tables in _counts(run, nodes, task, models, "val").values():
+    answers = _counts(run, nodes, task, models, "val") if run.may_ask else {}
+    for tables in answers.values():
         for name, table in tables.items():
             totals[name] += torch.tensor(table)
+    if not answers:
+        models = {name: theta for name, theta in models.items() if name.endswith(f"@{UNELECTED_RATE}")}
+        run.note("", "evaluate", "note", message=f"no validation answers: learning rate {UNELECTED_RATE:g}")
     worth = {name: merit(from_counts(total, task.kind), task.kind) for name, total in totals.items()}
-    elected = {}
+    elected, rates = {}, {}
     for model in architectures(run.config):
         names = [name for name in models if name.startswith(f"{model}@")]
         if not names:
             raise FedistillError("diverged", f"Every {model} diverged on the merged set: see its contact sheet.")
-        elected[model] = models[max(names, key=lambda name: worth[name])]
+        best = max(names, key=lambda name: worth[name])
+        elected[model], rates[model] = models[best], float(best.partition("@")[2])
+        write_tensors(run.folder / f"model-{model}.safetensors", {"theta": elected[model]}, {"model": model})
+    write_json(run.folder / "elected.json", {"learning_rate": rates, "by_answers": bool(answers)})
     return elected
 
 

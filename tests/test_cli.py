@@ -58,6 +58,19 @@ def fedistill(monkeypatch, capsys):
         (["simulate", "--set", "server_data=none"], "server_data=none is for real sites"),
         (["distill", "--out", "set", "--set", "expert_steps=5", "--method", "mtt"], "segment=4 needs more checkpoints"),
         (["distill", "--out", "set", "--method", "ptmm"], "did you mean 'ptm'"),
+        (["simulate", "--privacy", "dpp"], "did you mean 'dp'"),
+        (["simulate", "--privacy", "dp"], "privacy=dp needs a budget: say --epsilon"),
+        (["simulate", "--privacy", "dp", "--epsilon", "3", "--method", "dm"], "method=dm cannot be private"),
+        (["simulate", "--privacy", "dp", "--epsilon", "3", "--delta", "much"], "much is neither a number nor auto"),
+        (["simulate", "--privacy", "dp", "--epsilon", "3", "--delta", "0.5"], "delta=0.5 is not below 1/"),
+        (["simulate", "--privacy", "dp", "--epsilon", "3", "--unit", "patient"], "unit=patient needs to know"),
+        (["simulate", "--epsilon", "3"], "epsilon=3 has no effect without privacy=dp"),
+        (["distill", "--out", "set", "--privacy", "dp", "--epsilon", "3"], "say where with --work"),
+        (["distill", "--out", "set", "--lifetime-epsilon", "3"], "belong together"),
+        (
+            ["distill", "--out", "set", "--lifetime-epsilon", "3", "--lifetime-delta", "1e-5"],
+            "A lifetime cap means nothing without privacy=dp",
+        ),
         (["distill", "--out", "set", "--set", "rounds=2"], "rounds and seeds belong to a federation"),
         (["simulate", "--set", "device=cuda"], "device=cuda is not available"),
         (["simulate", "--data", "nowhere.npz"], "nowhere.npz"),
@@ -111,6 +124,23 @@ def test_an_error_in_a_worker_process_is_still_one_sentence(fedistill, tmp_path:
 
 def test_slices_of_no_length_still_get_somewhere(fedistill, tmp_path: Path) -> None:
     assert fedistill("distill", "--out", tmp_path / "set", *TINY, "--set", "slice_seconds=0")[0] == 0
+
+
+def test_private_work_keeps_its_ledger_and_its_cap(fedistill, tmp_path: Path) -> None:
+    sketch = ("sketch_networks=2", "sketch_frequencies=8", "phantom_images=90", "phantom_size=16", "phantom_classes=2")
+    private = [
+        "--data", "phantom", "--privacy", "dp", "--epsilon", "20", "--delta", "auto", "--ipc", "2", "--iterations", "3",
+        "--work", tmp_path / "work", "--lifetime-epsilon", "25", "--lifetime-delta", "0.01",
+    ]  # fmt: skip
+    private += [part for pair in sketch for part in ("--set", pair)]
+    code, text, err = fedistill("distill", "--out", tmp_path / "one", "--json", *private)
+    assert code == 0, err
+    assert "differential privacy for every image" in json.loads(text)["manifest"]["privacy"]["statement"]
+    ledger = tmp_path / "work/site-phantom/ledger.db"
+    assert ledger.exists()
+    code, _, err = fedistill("distill", "--out", tmp_path / "two", *private, "--seed", "1")
+    assert code == 2
+    assert "over the lifetime cap of 25" in err
 
 
 def test_distill_then_evaluate(fedistill, tmp_path: Path) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedistill.errors import FedistillError
-
-if TYPE_CHECKING:
-    from fedistill.privacy.accounting import Mechanism
 
 app = typer.Typer(help="What was spent on a site's private data.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -25,6 +22,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 @app.command()
 def show(path: Where, as_json: AsJson = False) -> None:
     """List what was spent, with the epsilon that it had come to."""
+    from fedistill.privacy.accounting import in_words
     from fedistill.privacy.ledger import Ledger, so_far, weakest
 
     entries = Ledger(Path(path), create=False).entries()
@@ -64,11 +62,3 @@ def verify(path: Where, as_json: AsJson = False) -> None:
         print(json.dumps({"holds": True, **asdict(head)}, indent=1))
     else:
         print(f"{path} holds: {head.count} entries, head {head.hash}.")
-
-
-def in_words(mechanism: Mechanism) -> str:
-    """One line on a mechanism, for people."""
-    m = mechanism
-    sums = "1 sum" if m.steps == 1 else f"{m.steps} sums"
-    records = "all records" if m.sample_rate == 1 else f"{100 * m.sample_rate:.3g} % of the records"
-    return f"{m.name}: {sums} over {records}, noise {m.noise_multiplier:g}, clip {m.clip_norm:g}"

@@ -32,6 +32,28 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any other setting; `fedistill options` lists them."),
 ]
+
+
+def _delta(text: str) -> float:
+    if text.strip().lower() == "auto":
+        return 0.0
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text} is neither a number nor auto.") from None
+
+
+Privacy = Annotated[
+    str | None, typer.Option(help="none, or dp: what is made of a site's images is differentially private.")
+]
+Epsilon = Annotated[
+    float | None, typer.Option(help="With --privacy dp: the budget of each site, for example 10, 3 or 1.")
+]
+Delta = Annotated[
+    float | None,
+    typer.Option(parser=_delta, metavar="FLOAT|auto", help="auto: the power of ten below one record's share."),
+]
+Unit = Annotated[str | None, typer.Option(help="Whom epsilon protects: image, or patient (data that name patients).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 KEYS = {f.name for f in fields(Config)}

@@ -58,8 +58,8 @@ def assemble(
 ) -> Dataset:
     """A checked data set. Splits that are missing are cut out of train, stratified by class.
 
-    `parts` holds train and, optionally, val and test. Raises `FedistillError` when there are fewer than two images,
-    fewer than two classes, a class without a training image, or too few images to cut the missing splits from.
+    `parts` holds train and, optionally, val and test. Raises `FedistillError` when there are fewer than two images, or too few
+    to cut the missing splits from. Whether every class has images is asked by `check_classes`.
     """
     total = sum(len(part.labels) for part in parts.values())
     if total < 2:
@@ -68,22 +68,26 @@ def assemble(
         if len(part.labels) == 0:
             what = f"The {key} split of {name} is empty: add images, or leave it out to have it cut from train."
             raise FedistillError("too-few-images", what)
-    held = np.array([part.counts(len(class_names)) for part in parts.values()]).sum(0)
-    if kind != "multilabel" and np.count_nonzero(held) < 2:
-        only = class_names[int(held.argmax())]
-        raise FedistillError(
-            "one-class", f"All images of {name} have the class '{only}': at least two classes are needed."
-        )
     full = fill_splits(name, parts)
-    counts = full["train"].counts(len(class_names))
-    absent = [text for text, count in zip(class_names, counts, strict=True) if count == 0]
-    if absent:
-        raise FedistillError(
-            "class-without-images",
-            f"{name} has no training image of the class '{absent[0]}': add some, or take the class out.",
-        )
     train, val, test = (_tensors(full[key]) for key in SPLITS)
     return Dataset(name, modality, tuple(map(str, class_names)), tuple(map(str, site_names)), train, val, test, kind)
+
+
+def check_classes(data: Dataset) -> None:
+    """Raises `FedistillError` on fewer than two classes, and on a class without a training image."""
+    held = [sum(counts) for counts in zip(*(s.counts(data.classes) for s in data.splits.values()), strict=True)]
+    if data.kind != "multilabel" and sum(n > 0 for n in held) < 2:
+        only = data.class_names[held.index(max(held))]
+        raise FedistillError(
+            "one-class", f"All images of {data.name} have the class '{only}': at least two classes are needed."
+        )
+    counts = data.train.counts(data.classes)
+    if 0 in counts:
+        raise FedistillError(
+            "class-without-images",
+            f"{data.name} has no training image of the class '{data.class_names[counts.index(0)]}': "
+            "add some, or take the class out.",
+        )
 
 
 def fill_splits(name: str, parts: Mapping[str, Part]) -> dict[str, Part]:

@@ -14,6 +14,7 @@ Only train is required; val and test that are both empty count as left out. Noth
 
 from __future__ import annotations
 
+import itertools
 import zipfile
 import zlib
 from pathlib import Path
@@ -143,6 +144,12 @@ def _check_patients(file: _Archive, parts: dict[str, Part]) -> None:
     absent = [key for key, part in parts.items() if part.patient is None]
     if absent and len(absent) < len(parts):
         raise file.error(f"the array '{absent[0]}_patient' is missing: give the patients of all splits or of none")
+    known = {
+        key: set(file.array(f"{key}_patient").ravel().tolist()) for key, p in parts.items() if p.patient is not None
+    }
+    for one, other in itertools.combinations(known, 2):
+        if known[one] & known[other]:
+            raise file.error(f"some patient is in '{one}' and in '{other}': keep one split for each")
 
 
 def _images(file: _Archive, key: str) -> np.ndarray:

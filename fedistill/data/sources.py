@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedistill.config import Config
+from fedistill.data.assemble import check_classes
 from fedistill.data.dataset import Dataset, of_task
 from fedistill.data.folder import load_folder
 from fedistill.data.manifest import load_manifest
@@ -23,12 +24,16 @@ from fedistill.errors import FedistillError, unknown
 def load_data(config: Config) -> Dataset:
     """The data set that `config.data` names, square, at `config.image_size`, under `config.modality` and `config.task`.
 
-    Raises `FedistillError` when there is no such source, when it cannot be read, on an unknown modality, and on a task that
-    the labels do not fit.
+    Raises `FedistillError` when there is no such source, when it cannot be read, on an unknown modality, on a task that the
+    labels do not fit, and on a class without images; not with privacy=dp, where the names of the classes are public and
+    whether a site has images of them is not.
     """
     if config.modality != "auto":
         known_modality(config.modality)  # before the work of reading
-    data = _resized(of_task(_load(config), config.task), config.image_size)
+    loaded = _load(config)
+    if config.privacy == "none":
+        check_classes(loaded)
+    data = _resized(of_task(loaded, config.task), config.image_size)
     height, width = data.geometry[-2:]
     if height != width:
         raise FedistillError(

@@ -20,7 +20,7 @@ from fedistill.evaluation.fit import LEARNING_RATES, Material, Result, fit_all, 
 from fedistill.evaluation.metrics import counts_of, mean_std
 from fedistill.experts.train import Task
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
-from fedistill.models.flat import device_of
+from fedistill.models.flat import Flat, device_of
 from fedistill.models.nets import MODELS
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
@@ -138,13 +138,15 @@ def global_models(config: Config, merged: SyntheticSet, folder: Path) -> dict[st
     }
 
 
-def candidates(config: Config, task: Task, merged: SyntheticSet) -> dict[str, Tensor]:
+def candidates(
+    config: Config, task: Task, merged: SyntheticSet, rates: Sequence[float] = LEARNING_RATES
+) -> dict[str, Tensor]:
     """One network per architecture and learning rate, as "model@rate": for a server that has no data to choose with.
 
     Networks that diverged are left out.
     """
     material = Material(merged.images, merged.labels)
-    todo = [(rate, config.seed) for rate in LEARNING_RATES]
+    todo = [(rate, config.seed) for rate in rates]
     return {
         f"{model}@{rate}": theta
         for model in architectures(config)
@@ -153,18 +155,27 @@ def candidates(config: Config, task: Task, merged: SyntheticSet) -> dict[str, Te
     }
 
 
-def confusion_at(config: Config, data: Dataset, model: str, theta: Tensor, split: str) -> Tensor:
+def confusion_at(
+    config: Config, data: Dataset, model: str, theta: Tensor, split: str, weights: Tensor | None = None
+) -> Tensor:
     """Counts of a network's answers on one split: additive over sites, so federated evaluation needs no image.
 
-    `(K, K)`, or `(K, 2, 2)` of an image's findings (see `evaluation.metrics`).
+    `(K, K)`, or `(K, 2, 2)` of an image's findings (see `evaluation.metrics`). weights: what each image counts, if not 1.
 
     Raises `FedistillError` on parameters that do not fit the network.
     """
-    task, part, device = task_of(data), data.splits[split], device_of(config.device)
+    task, part = task_of(data), data.splits[split]
+    net = fitting_network(config, task, model, theta)
+    answers = predict(net, theta.to(device_of(config.device)), part.images, task)
+    return counts_of(answers, part.labels, task.kind, weights)
+
+
+def fitting_network(config: Config, task: Task, model: str, theta: Tensor) -> Flat:
+    """The network of a global model. Raises `FedistillError` on parameters that do not fit it."""
     net = task.network(model, config)
     if theta.shape != (net.size,) or not torch.isfinite(theta).all():
         raise FedistillError("bad-model", f"The global model does not fit: {model} has {net.size} finite parameters.")
-    return counts_of(predict(net, theta.to(device), part.images, task), part.labels, task.kind)
+    return net
 
 
 def figures_of(runs: Sequence[Result]) -> dict[str, Any]:

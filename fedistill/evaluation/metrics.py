@@ -41,13 +41,16 @@ def counts_shape(classes: int, kind: str) -> tuple[int, ...]:
     return (classes, 2, 2) if kind == "multilabel" else (classes, classes)
 
 
-def counts_of(probabilities: Tensor, truth: Tensor, kind: str) -> Tensor:
-    """Counts (see above) of `probabilities (n, K)` against `truth (n,)`, for multilabel `(n, K)`."""
+def counts_of(probabilities: Tensor, truth: Tensor, kind: str, weights: Tensor | None = None) -> Tensor:
+    """Counts (see above) of `probabilities (n, K)` against `truth (n,)`, for multilabel `(n, K)`.
+
+    weights `(n,)`: what an image counts, if not 1.
+    """
     classes = probabilities.shape[1]
     if kind == "multilabel":
         said = (probabilities >= 0.5).long()
-        return torch.stack([confusion(t, p, 2) for t, p in zip(truth.T, said.T, strict=True)])
-    return confusion(truth, probabilities.argmax(1), classes)
+        return torch.stack([confusion(t, p, 2, weights) for t, p in zip(truth.T, said.T, strict=True)])
+    return confusion(truth, probabilities.argmax(1), classes, weights)
 
 
 def images_in(counts: Tensor) -> int:
@@ -55,9 +58,13 @@ def images_in(counts: Tensor) -> int:
     return int(counts[0].sum() if counts.dim() == 3 else counts.sum())
 
 
-def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """Counts `(K, K)` int64: rows are true classes, columns predicted ones. Confusions of several sites add up."""
-    return torch.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+def confusion(truth: Tensor, predicted: Tensor, classes: int, weights: Tensor | None = None) -> Tensor:
+    """Counts `(K, K)`: rows are true classes, columns predicted ones. Confusions of several sites add up.
+
+    int64, or with `weights (n,)` sums of theirs.
+    """
+    cells = torch.bincount(truth * classes + predicted, weights, minlength=classes * classes)
+    return cells.reshape(classes, classes)
 
 
 def from_counts(counts: Tensor, kind: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Bundle:
     """What expert training leaves behind.
 
     trajectories: `(T+1, P)` each; expert e has the e-th architecture of the pool, in turns.
-    counts: real images per class (per finding for multi-label tasks).
+    counts: real images per class (per finding for multi-label tasks). noisy: they hold noise, and say no more than was paid for.
     overlap_limits: one row per stored stage, one figure per class.
     findings: label vectors that occur and how often, for multi-label tasks only.
     sketch: sums of public features of each class, for the method that is made of them (`methods.sketch`).
@@ -64,6 +64,7 @@ class Bundle:
     overlap_limits: tuple[tuple[float, ...], ...] = ()
     findings: tuple[tuple[tuple[int, ...], int], ...] = ()
     sketch: Tensor | None = None
+    noisy: bool = False
 
     def targets(self, config: Config) -> Tensor:
         """Targets `(m, K)` of the images to be made, sorted by class."""
@@ -80,7 +81,11 @@ class Bundle:
             return ()
         notes = []
         for name, n in zip(self.task.class_names, self.counts, strict=True):
-            if n == 0:
+            if self.noisy:
+                if n < ipc:
+                    why = f"a noisy count of {n}" if n else "no more images than noise"
+                    notes.append(f"class {name}: {why}, so {n or 'no'} synthetic instead of {ipc}")
+            elif n == 0:
                 notes.append(f"class {name}: no image at this site, so none is synthesised")
             elif n < max(ipc, FEW):
                 cut = f", so {n} synthetic instead of {ipc}" if n < ipc else ""

@@ -59,6 +59,14 @@ class Accounted:
     accountant: str
 
 
+def in_words(mechanism: Mechanism) -> str:
+    """One line on a mechanism, for people."""
+    m = mechanism
+    sums = "1 sum" if m.steps == 1 else f"{m.steps} sums"
+    records = "all records" if m.sample_rate == 1 else f"{100 * m.sample_rate:.3g} % of the records"
+    return f"{m.name}: {sums} over {records}, noise {m.noise_multiplier:g}, clip {m.clip_norm:g}"
+
+
 def auto_delta(records: int) -> float:
     """The power of ten below 1/records: strictly less than 1/n, and telling only the order of magnitude of n."""
     return 10.0 ** -(math.floor(math.log10(max(records, 1))) + 1)

@@ -55,6 +55,15 @@ class Cap:
             )
 
 
+def cap_of(epsilon: float | None, delta: float | None) -> Cap | None:
+    """The cap that two settings, which belong together, name. Raises `FedistillError` ("bad-cap")."""
+    if epsilon is None and delta is None:
+        return None
+    if epsilon is None or delta is None:
+        raise FedistillError("bad-cap", "lifetime-epsilon and lifetime-delta belong together: give both, or neither.")
+    return Cap(epsilon=epsilon, delta=delta)
+
+
 class Ledger:
     """The ledger at `path`, which is made, for its owner's eyes alone, where there is none and `create` allows it.
 

@@ -65,17 +65,23 @@ def patients_of(train: Split) -> Tensor:
     return train.patient
 
 
-def plan_of(config: Config, records: int) -> Plan:
-    """The plan of `config` for a site of so many records.
-
-    Raises `FedistillError` where no noise can meet epsilon, and where the accountants do not agree.
-    """
+def delta_of(config: Config, records: int) -> float:
+    """The delta of a site of so many records. Raises `FedistillError` where the one that is asked for is a record's share."""
     delta = config.delta or auto_delta(records)
     if delta >= 1 / max(records, 1):
         raise FedistillError(
             "large-delta",
             f"delta={delta:g} is not below 1/{records}, the share of one record: lower it, or leave it out.",
         )
+    return delta
+
+
+def plan_of(config: Config, records: int) -> Plan:
+    """The plan of `config` for a site of so many records.
+
+    Raises `FedistillError` where no noise can meet epsilon, and where the accountants do not agree.
+    """
+    delta = delta_of(config, records)
     whole = calibrate(config.epsilon, delta, sample_rate=1.0, steps=1)
     if method_of(config).sketch:
         mechanisms = [Mechanism(name="sketch", sample_rate=1.0, noise_multiplier=whole, steps=1, clip_norm=sketch.NORM)]

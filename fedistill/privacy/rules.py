@@ -72,9 +72,13 @@ def statement_of(config: Config, plan: Plan) -> dict[str, Any]:
     return plan.to_dict() | {
         "clip_norm": plan.mechanisms[-1].clip_norm,
         "conditions": conditions(config),
-        "public": ["procedural phantoms centre the features of sketches, and are the probes of method=teach"],
+        "public": [
+            "the names of the classes, the kind of task, the modality and the size of the images",
+            "procedural phantoms centre the features of sketches, and are the probes of method=teach",
+        ],
         "not_covered": [
             "settings that were tuned on these very records",
+            "which records are for training, validation or test: neighbouring data sets are divided alike",
             "floating-point noise beyond the remedy of Holohan and Braghin (sums of four draws), and Torch's generator, which is "
             "no cryptographic one",
             "side channels such as the time that work takes",

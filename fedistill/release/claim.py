@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.privacy.accounting import Mechanism
 from fedistill.synthetic.set import SyntheticSet
@@ -175,6 +176,20 @@ def check_conditions(claim: Claim) -> None:
         if condition.status == "failed":
             why = f"Condition {condition.number} failed ({condition.name}), so the claimed guarantee does not hold."
             raise FedistillError("condition-failed", f"{why} {condition.how}".strip())
+
+
+def check_promise(made: SyntheticSet, config: Config) -> None:
+    """Raise `FedistillError` ("refused-set") where a set does not promise what `config` asked of its sites."""
+    claim = read_claim(made)
+    check_conditions(claim)
+    for site in claim.sites:
+        if site.epsilon is None or site.epsilon > config.epsilon or site.unit != config.unit:
+            said = f"epsilon={site.epsilon:g} per {site.unit}" if site.epsilon is not None else "no guarantee"
+            raise FedistillError(
+                "refused-set",
+                f"The set of site '{site.site}' is refused: it promises {said}, "
+                f"and epsilon={config.epsilon:g} per {config.unit} was asked for.",
+            )
 
 
 def upwards(epsilon: float) -> str:

@@ -51,6 +51,9 @@ def render_report(summary: Mapping[str, Any], sets: Mapping[str, SyntheticSet], 
         class_names=class_names,
         phantom=config.get("data") == "phantom",
         verdict=tables.verdict(summary),
+        privacy=summary.get("privacy") or {},
+        guarantee=tables.guarantee(summary),
+        records=tables.records(summary),
         troubles=[site for site in sites if site["status"] != "ok"],
         notes=summary.get("notes") or [],
         overview=_overview(summary, sites),
@@ -88,6 +91,7 @@ def _site(site: Mapping[str, Any], sets: Mapping[str, SyntheticSet], curves: Map
         "final_loss": site.get("final_loss"),
         "synthetic_images": site.get("synthetic_images"),
         "notes": site.get("notes") or [],
+        "privacy": site.get("privacy") or {},
         "sheet": _sheet(made) if made is not None and len(made) else None,
         "chart": Markup(chart),
     }
@@ -111,7 +115,12 @@ def _overview(summary: Mapping[str, Any], sites: list[dict[str, Any]]) -> list[t
     real = ((summary.get("arms") or {}).get("centralised") or {}).get("upload_bytes")
     return [
         (str(len(sites)) if answered == len(sites) else f"{answered} of {len(sites)}", "sites took part"),
-        (tables.number(data.get("train")), "real training images, which stayed at the sites"),
+        (
+            tables.number(data.get("train")),
+            "patients with training images, which stayed at the sites"
+            if tables.records(summary) == "patients"
+            else "real training images, which stayed at the sites",
+        ),
         (tables.number(distilled.get("images")), "synthetic images in the merged set"),
         (
             tables.size(sum(uploads) if uploads else None),

@@ -5,6 +5,7 @@ The format of `summary.json` is stable ("fedistill-summary/1") and documented in
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -16,18 +17,20 @@ import torch
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import combined
 from fedistill.evaluation.arms import architectures
-from fedistill.evaluation.metrics import NAMES, from_counts, images_in, mean_std
+from fedistill.evaluation.metrics import NAMES, counts_shape, from_counts, images_in, mean_std
 from fedistill.events import read_events
 from fedistill.files import read_json, write_bytes, write_json
+from fedistill.privacy.accounting import in_words
+from fedistill.release.claim import Claim, SiteClaim, read_claim
 from fedistill.report.page import render_report
-from fedistill.report.tables import arms_markdown, verdict
+from fedistill.report.tables import arms_markdown, guarantee, verdict
 from fedistill.site.job import versions
 from fedistill.synthetic.store import load_set
 
 FORMAT = "fedistill-summary/1"
 FLAGS = (
     "data", "partition", "alpha", "sites", "ipc", "method", "init", "iterations", "experts", "width", "rounds", "seed", "seeds",
-    "preset", "out", "work",
+    "privacy", "epsilon", "delta", "unit", "preset", "out", "work",
 )  # fmt: skip
 Json = dict[str, Any]
 _ENDS = {"late": "answered late"}
@@ -44,8 +47,10 @@ def write_summary(config: Config, run: Path) -> Json:
     page = render_report(summary, sets, {name: [(k, v) for k, v in curves.get(name, [])] for name in first})
     write_json(run / "summary.json", summary)
     write_bytes(run / "report.html", page.encode())
+    words = [verdict(summary), *([guarantee(summary)] if summary["privacy"] else [])]
     write_bytes(
-        run / "results.md", f"{arms_markdown(summary)}\n{verdict(summary)}\n\n    {summary['command']}\n".encode()
+        run / "results.md",
+        "\n".join([arms_markdown(summary), "\n\n".join(words), f"\n    {summary['command']}\n"]).encode(),
     )
     return summary
 
@@ -67,6 +72,9 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
     engine = read_json(run / "engine.json") if (run / "engine.json").exists() else {}
     names = sorted({name for seed in sites for name in seed})
     described = [_site(name, [seed[name] for seed in sites if name in seed], class_names) for name in names]
+    promises = _promises(folders) if config.privacy == "dp" else {}
+    for one in described:
+        one["privacy"] = _promise(promises[one["name"]]) if one["name"] in promises else None
     return {
         "format": FORMAT,
         "config": config.to_dict(),
@@ -89,14 +97,65 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         "arms": by_model.get(headline, {}),
         "cross_architecture": {model: figures for model, figures in by_model.items() if model != headline},
         "federated": federated,
+        "privacy": _union(config, promises) if config.privacy == "dp" else None,
         "peak_memory_bytes": engine.get("peak_memory_bytes"),
         "seconds": engine.get("seconds") or (events[-1].t - events[0].t if events else None),
         "notes": [
             f"Site {s['name']} {_ENDS.get(s['status'], 'failed')} and is not in every merged set: {s['reason']}"
             for s in described
             if s["status"] != "ok"
-        ],
+        ]
+        + _unasked(config, folders),
     }
+
+
+def _promises(folders: Sequence[Path]) -> dict[str, SiteClaim]:
+    """What each site promises in its sets: of several seeds the weakest."""
+    found: dict[str, SiteClaim] = {}
+    for folder in folders:
+        for claim in read_claim(load_set(folder / "merged")).sites:
+            before = found.get(claim.site, claim)
+            found[claim.site] = max(before, claim, key=lambda c: math.inf if c.epsilon is None else c.epsilon)
+    return found
+
+
+def _promise(claim: SiteClaim) -> Json:
+    return {
+        "epsilon": claim.epsilon,
+        "delta": claim.delta,
+        "unit": claim.unit or None,
+        "accountant": claim.accountant,
+        "mechanisms": [in_words(m) for m in claim.mechanisms],
+    }
+
+
+def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
+    """The guarantee of the union for somebody whose data are at one site: the largest epsilon and delta of the sites."""
+    claim = Claim(tuple(promises.values()))
+    return {
+        "epsilon": claim.epsilon,
+        "delta": claim.delta,
+        "unit": claim.unit or None,
+        "statement": claim.sentence,
+        "answers_epsilon": config.eval_epsilon or None,
+        "simulated": config.server_data == "same",
+    }
+
+
+def _unasked(config: Config, folders: Sequence[Path]) -> list[str]:
+    """What is not known because it was not paid for."""
+    notes = []
+    if config.privacy == "dp" and not config.eval_epsilon:
+        notes.append(
+            "How the global models do on the sites' own images is not known: answers on private images cost privacy, and "
+            "eval_epsilon=0 buys none."
+        )
+    chosen = [read_json(folder / "elected.json") for folder in folders if (folder / "elected.json").exists()]
+    if any(not c["by_answers"] for c in chosen):
+        notes.append(
+            "No site sent answers on validation images: the learning rate of the global models is 0.01, unchosen."
+        )
+    return notes
 
 
 def command_of(config: Config) -> str:
@@ -172,8 +231,13 @@ def _federated(folders: Sequence[Path], headline: str, kind: str) -> Json:
 
 def _pooled(folder: Path, headline: str, kind: str) -> Json:
     """The distilled arm of one seed from the counts of all sites; there is no AUC and no deviation in counts."""
-    answers, sites = read_json(folder / "federated.json"), read_json(folder / "sites.json").values()
-    figures = from_counts(torch.tensor([answer[headline] for answer in answers.values()]).sum(0), kind)
+    answers, sites = read_json(folder / "federated.json"), list(read_json(folder / "sites.json").values())
+    elected = read_json(folder / "elected.json") if (folder / "elected.json").exists() else {"learning_rate": {}}
+    about = next(iter(sites))
+    counts = torch.zeros(counts_shape(len(about["class_names"]), kind), dtype=torch.int64)
+    for answer in answers.values():
+        counts += torch.tensor(answer[headline])
+    figures = from_counts(counts, kind)
     spread: Json = {name: {"mean": figures.get(name), "std": None} for name in NAMES[kind]}
     done = [s for s in sites if s.get("status") == "ok"]
     return spread | {
@@ -181,7 +245,7 @@ def _pooled(folder: Path, headline: str, kind: str) -> Json:
         "images": sum(s["synthetic_images"] for s in done),
         "upload_bytes": sum(s["upload_bytes"] for s in done),
         "seconds": None,
-        "learning_rate": [],
+        "learning_rate": [rate for model, rate in elected["learning_rate"].items() if model == headline],
     }
 
 

@@ -107,7 +107,8 @@ def sites_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("Status", overflow="fold")
     phases = sorted({str(p) for site in summary.get("sites") or [] for p in site.get("phases") or {}}, reverse=True)
     seconds = [f"{plain(p).capitalize()} s" for p in phases]
-    for title in ("Real", "Synthetic", *seconds, "Iterations", "Loss", "Upload"):
+    real = "Patients" if records(summary) == "patients" else "Real"
+    for title in (real, "Synthetic", *seconds, "Iterations", "Loss", "Upload"):
         table.add_column(title, justify="right")
     for site in summary.get("sites") or []:
         status = str(site.get("status", ""))
@@ -160,6 +161,37 @@ def verdict(summary: Mapping[str, Any]) -> str:
     second = " and ".join(text for text in others if text)
     doubt = "" if noise is not None else " The spread of these figures is not known, so chance is not ruled out."
     return first + (f" The distilled union is {second}." if second else "") + doubt
+
+
+def guarantee(summary: Mapping[str, Any]) -> str:
+    """What the union of the sets promises to one person; "" where nothing private was asked for."""
+    union = summary.get("privacy") or {}
+    epsilon, delta = mean_of(union.get("epsilon")), mean_of(union.get("delta"))
+    if not union:
+        return ""
+    if epsilon is None or delta is None:
+        return f"{plain(str(union.get('statement') or 'No formal guarantee'))}"
+    from fedistill.release.claim import upwards  # with torch, for which the other tables need not wait
+
+    unit = plain(str(union.get("unit")))
+    words = [
+        f"Privacy: ({upwards(epsilon)}, {delta:g})-differential privacy of the merged set for every {unit} among the training "
+        "images, at worst over the sites, where no patient is at two of them; budgets of a patient at several sites add up."
+    ]
+    if len(summary.get("seeds") or []) > 1:
+        words.append("Each seed is a release of its own: whoever sees all of them sees the sum of their budgets.")
+    if union.get("answers_epsilon"):
+        words.append(
+            f"Validation and test images are other people's: each site's answers on them cost epsilon={union['answers_epsilon']:g}."
+        )
+    if union.get("simulated"):
+        words.append("Not covered: the figures of the arms, for which the simulation read the data themselves.")
+    return " ".join(words)
+
+
+def records(summary: Mapping[str, Any]) -> str:
+    """What the sites counted when they said how much they have."""
+    return "patients" if (summary.get("privacy") or {}).get("unit") == "patient" else "images"
 
 
 def deviation(summary: Mapping[str, Any]) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import secrets
+from pathlib import Path
 from typing import Any
 
 from fedistill.data.dataset import Dataset
 from fedistill.experts.train import Task
+from fedistill.files import write_once
 
 
 def task_of(data: Dataset) -> Task:
@@ -27,3 +32,17 @@ def describe(data: Dataset, site: str) -> dict[str, Any]:
         "kind": data.kind,
         "fingerprint": data.fingerprint,
     }
+
+
+def describe_privately(data: Dataset, site: str, folder: Path, records: int) -> dict[str, Any]:
+    """As `describe`, but of the images only what is declared public: how many records there are.
+
+    folder: of the site's work, where the secret lies under which its data have a fingerprint.
+    """
+    return describe(data, site) | {"train": records, "counts": None, "fingerprint": keyed_fingerprint(data, folder)}
+
+
+def keyed_fingerprint(data: Dataset, folder: Path) -> str:
+    """A word that changes with the data, and with which nobody can confirm a guess of them: HMAC under the site's secret."""
+    secret = write_once(folder / "secret", secrets.token_bytes(32))
+    return hmac.new(secret, data.fingerprint.encode(), hashlib.sha256).hexdigest()[:32]

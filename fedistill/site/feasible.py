@@ -40,7 +40,12 @@ def check_settings(config: Config, task: Task) -> None:
 
 
 def check_budget(config: Config, data: Dataset) -> None:
-    """Raise `FedistillError` when the budget asks for more synthetic images than there are real ones."""
+    """Raise `FedistillError` when the budget asks for more synthetic images than there are real ones.
+
+    Nothing is said where patients are protected: how many images they have is private.
+    """
+    if config.privacy == "dp" and config.unit == "patient":
+        return
     if config.ipc * data.classes > len(data.train):
         raise FedistillError(
             "budget",

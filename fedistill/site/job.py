@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ from fedistill.privacy.plan import expert_steps
 from fedistill.privacy.rules import statement_of
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget
+from fedistill.site.folder import ledger_file, site_folder
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import quantise
@@ -113,7 +113,14 @@ def advance(
         task, checkpoints, done, total = task_of(data), folders.checkpoints, 0, 0
         if config.privacy == "dp":
             done, total = learn(
-                config, task, data.train, folders.experts, site=site, ledger=folders.ledger, cap=cap, until=until
+                config,
+                task,
+                data.train,
+                folders.experts,
+                site=site,
+                ledger=ledger_file(work, site),
+                cap=cap,
+                until=until,
             )
         elif method.experts:
             done, total = train_experts(
@@ -211,6 +218,7 @@ def load_bundle(config: Config, task: Task, folders: _Folders) -> Bundle:
         task=task,
         trajectories=tuple(paths),
         counts=tuple(facts["counts"]),
+        noisy=config.privacy == "dp",
         overlap_limits=tuple(tuple(row) for row in facts["overlap_limits"]),
         findings=tuple((tuple(row), n) for row, n in facts["findings"]),
         sketch=sums,
@@ -312,7 +320,7 @@ class _Folders:
 
     @staticmethod
     def of(config: Config, data: Dataset, site: str, work: Path, run: str) -> _Folders:
-        experts = work / f"site-{quote(site, safe='')}" / f"{data.fingerprint}-{config.key('data', 'experts')}"
+        experts = site_folder(work, site) / f"{data.fingerprint}-{config.key('data', 'experts')}"
         method = method_of(config)
         checkpoints = horizon(config, method) if method.experts else 0
         if checkpoints and config.privacy == "dp":  # all of a private expert is paid for, so all of it is used
@@ -327,10 +335,6 @@ class _Folders:
     @property
     def sketch(self) -> Path:
         return self.experts / "sketch.safetensors"
-
-    @property
-    def ledger(self) -> Path:
-        return self.experts.parent / "ledger.db"
 
     def seconds(self, phase: str) -> Path:
         """A file per phase: jobs that share the experts may distil at the same time."""

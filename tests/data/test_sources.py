@@ -136,12 +136,18 @@ def test_npz_patients(tmp_path):
 
 def test_npz_without_patients(tmp_path):
     assert all(split.patient is None for split in load(npz(tmp_path, arrays())).splits.values())
-    whole = arrays(
-        train_patient=np.arange(20) // 2, val_patient=np.arange(10)[::-1] + 50, test_patient=np.zeros(10, dtype=int)
-    )
+    whole = arrays(train_patient=np.arange(20) // 2, val_patient=np.arange(10)[::-1] + 50, test_patient=np.full(10, 99))
     train, val, test = (split.patient.tolist() for split in load(npz(tmp_path, whole)).splits.values())
     assert train == sorted(train)
     assert (len(set(train)), len(set(val)), len(set(test))) == (10, 10, 1)
+    fails(npz(tmp_path, whole | {"test_patient": np.full(10, 3)}), "some patient is in 'train' and in 'test'")
+
+
+def test_private_work_does_not_tell_which_classes_have_images(tmp_path):
+    lacking = arrays(train_labels=np.zeros(20, int), class_names=np.array(["a", "b"]))
+    fails(npz(tmp_path, lacking), "no training image of the class 'b'")
+    data = load(npz(tmp_path, lacking), privacy="dp", epsilon=1.0)
+    assert (data.class_names, data.train.counts(2)) == (("a", "b"), [20, 0])
 
 
 def several(n, findings=3):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedistill.report.page import render_report
-from fedistill.report.tables import METRICS, score
+from fedistill.report.tables import METRICS, guarantee, score
 from fedistill.synthetic.set import SyntheticSet, one_hot
 
 CLASSES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil")
@@ -210,6 +210,43 @@ def test_untrusted_text_is_escaped(place: str) -> None:
     assert "<script" not in page
     assert '" onload="' not in page
     assert "&lt;script&gt;" in page
+
+
+def private(**changes: Any) -> dict[str, Any]:
+    summary = make_summary()
+    promise = {"epsilon": 2.981, "delta": 1e-3, "unit": "patient", "accountant": "a", "mechanisms": ["sketch: 1 sum"]}
+    for site in summary["sites"]:
+        site |= {"images": None, "privacy": promise}
+    union = {
+        "epsilon": 2.981,
+        "delta": 1e-3,
+        "unit": "patient",
+        "statement": "S",
+        "answers_epsilon": 1.0,
+        "simulated": True,
+    }
+    return summary | {"privacy": union | changes}
+
+
+def test_a_promise_stands_where_the_warning_stood() -> None:
+    text = " ".join(parse(render(private())).text.split())
+    assert "No formal privacy guarantee" not in text
+    for expected in ("(2.99, 0.001)-differential privacy of the merged set for every patient", "sketch: 1 sum", "noisy counts",
+                     "budgets of a patient at several sites add up", "read the data themselves", "epsilon=1"):  # fmt: skip
+        assert expected in text
+    assert "per class" not in text.split("Results")[0]
+
+
+def test_no_promise_for_the_union_where_a_site_gives_none() -> None:
+    summary = private(
+        epsilon=None, delta=None, unit=None, statement="No formal guarantee: the images of jtsc were made without."
+    )
+    summary["sites"][0]["privacy"] = {"epsilon": None, "delta": None, "unit": None, "accountant": "", "mechanisms": []}
+    text = " ".join(parse(render(summary)).text.split())
+    assert "No guarantee for the union. No formal guarantee: the images of jtsc" in text
+    assert "No formal privacy guarantee." in text
+    assert guarantee(summary) == "No formal guarantee: the images of jtsc were made without."
+    assert guarantee(make_summary()) == ""
 
 
 def test_failed_and_late_sites_are_told_before_the_results() -> None:

@@ -1,0 +1,101 @@
+"""Counts of a model's right and wrong answers on a site's held-out images, with noise that is paid for.
+
+The counts of M models on one split are one Gaussian mechanism over the split's records. A record adds 1 to one cell of every
+model's table (of K tables per model where an image may have several findings), so that it changes all of them together by at
+most sqrt(M), or sqrt(M K), in L2 norm. With unit=patient a patient's images share that 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.errors import FedistillError
+from fedistill.evaluation.arms import confusion_at, fitting_network
+from fedistill.evaluation.metrics import counts_shape
+from fedistill.experts.train import Task
+from fedistill.files import write_once
+from fedistill.privacy.accounting import Mechanism, auto_delta, calibrate
+from fedistill.privacy.dpsgd import records_by_unit
+from fedistill.privacy.ledger import Cap, Ledger
+from fedistill.privacy.noise import noisy
+from fedistill.site.describe import task_of
+from fedistill.site.folder import ledger_file, site_folder
+
+
+def private_answers(
+    config: Config,
+    data: Dataset,
+    site: str,
+    work: Path,
+    models: Mapping[str, Tensor],
+    split: str,
+    *,
+    cap: Cap | None = None,
+) -> dict[str, Any]:
+    """Noisy counts (`evaluation.metrics`) of each model's answers on one split, as nested lists of whole numbers from 0.
+
+    models: parameters `(P,)` by "architecture" or "architecture@anything". They are paid for, by `config.eval_epsilon`, before
+    an image is read; people in one split are in no other, so each split has an account of its own. The same question is
+    answered from what was stored the first time, and costs nothing more.
+    Raises `FedistillError` where nothing may be spent, or more than `cap` has left, and on models that do not fit.
+    """
+    if not config.eval_epsilon:
+        raise FedistillError("no-budget", "eval_epsilon=0 buys no answers on private images.")
+    task = task_of(data)
+    for name, theta in models.items():
+        fitting_network(config, task, _architecture(name), theta)
+    records = records_by_unit(data.splits[split], config.unit)
+    if not models or not len(records):  # both are public
+        return {name: torch.zeros(counts_shape(task.classes, task.kind), dtype=torch.int64).tolist() for name in models}
+    key = _key(config, data, models, split)
+    file = site_folder(work, site) / "answers" / f"{key}.json"
+    if file.exists():
+        return dict(json.loads(file.read_bytes()))
+    delta = auto_delta(len(records))
+    mechanism = answers_mechanism(config.eval_epsilon, delta, task, len(models))
+    Ledger(ledger_file(work, site)).spend(
+        key=f"answers/{key}",
+        data=f"{site}/{split}",
+        unit=config.unit,
+        what="answers",
+        delta=delta,
+        mechanisms=[mechanism],
+        cap=cap,
+    )
+    weights = records.share
+    names = sorted(models)
+    exact = [confusion_at(config, data, _architecture(n), models[n], split, weights) for n in names]
+    counts = noisy(torch.stack(exact), mechanism).round().clamp_min(0).long()
+    told = dict(zip(names, counts.tolist(), strict=True))
+    # Of two processes that were asked the same, the first one's noise is what both send.
+    return dict(json.loads(write_once(file, json.dumps(told).encode())))
+
+
+def answers_mechanism(epsilon: float, delta: float, task: Task, models: int) -> Mechanism:
+    """The noise of the tables of so many models, all of which together cost `epsilon`."""
+    tables = models * (task.classes if task.kind == "multilabel" else 1)
+    sigma = calibrate(epsilon, delta, sample_rate=1.0, steps=1)
+    return Mechanism(name="answers", sample_rate=1.0, noise_multiplier=sigma, steps=1, clip_norm=math.sqrt(tables))
+
+
+def _architecture(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _key(config: Config, data: Dataset, models: Mapping[str, Tensor], split: str) -> str:
+    """One word for one question."""
+    about = (data.fingerprint, split, config.unit, config.eval_epsilon, config.width, config.depth, sorted(models))
+    digest = hashlib.sha256(repr(about).encode())
+    for name in sorted(models):
+        digest.update(models[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
