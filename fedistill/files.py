@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+PATIENCE = 3600.0  # seconds to wait for another process's work
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -21,6 +25,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here with `folder`; a killed one is out at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(folder / "lock.db", timeout=PATIENCE, isolation_level=None)) as base:
+        base.execute("BEGIN EXCLUSIVE")  # a lock that every system has
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -55,14 +55,18 @@ def learn(
             sums = sketch.sketch(config, task, train.images, _targets(train, task), records)
             write_tensors(file, {"sums": noisy(sums, plan["sketch"])}, {})
         return 1, 1
-    counts = _counts(task, train, folder, records, plan["counts"])
-    weights = weights_of(counts, len(records), task.kind) if config.class_weights else torch.ones(task.classes)
+    weights = private_weights(config, task, train, folder, plan["counts"])
     return train_private_experts(config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until)
 
 
 def read_plan(config: Config, folder: Path) -> Plan:
     """The plan that was carried out in `folder`."""
-    stored = read_json(_plan_file(config, folder))
+    return load_plan(_plan_file(config, folder))
+
+
+def load_plan(file: Path) -> Plan:
+    """A plan that `store_plan` left."""
+    stored = read_json(file)
     return Plan(
         unit=stored["unit"],
         records=stored["records"],
@@ -70,6 +74,12 @@ def read_plan(config: Config, folder: Path) -> Plan:
         first=Accounted(**stored["first"]),
         second=Accounted(**stored["second"]) if stored["second"] else None,
     )
+
+
+def store_plan(file: Path, plan: Plan) -> None:
+    first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
+    stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second}
+    write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
 
 
 def private_counts(config: Config, folder: Path) -> list[int]:
@@ -106,6 +116,13 @@ def sketch_file(folder: Path) -> Path:
     return folder / "private-sketch.safetensors"
 
 
+def private_weights(config: Config, task: Task, train: Split, folder: Path, mechanism: Mechanism) -> Tensor:
+    """Class weights `(K,)` out of the noisy counts in `folder`, which are made with `mechanism` where there are none yet."""
+    records = records_by_unit(train, config.unit)
+    counts = _counts(task, train, folder, records, mechanism)
+    return weights_of(counts, len(records), task.kind) if config.class_weights else torch.ones(task.classes)
+
+
 def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
     """Weights `(K,)` against imbalance out of noisy counts: at most 10, mean about 1 over the images."""
     n = counts.clamp_min(1.0)
@@ -118,11 +135,8 @@ def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
 def _plan(config: Config, train: Split, folder: Path) -> Plan:
     file = _plan_file(config, folder)
     if not file.exists():
-        plan = plan_of(config, records_of(train, config.unit))
-        first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
-        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second}
-        write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
-    return read_plan(config, folder)
+        store_plan(file, plan_of(config, records_of(train, config.unit)))
+    return load_plan(file)
 
 
 def _word(config: Config) -> str:

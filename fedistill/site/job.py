@@ -291,6 +291,16 @@ def versions() -> dict[str, str]:
     return {"fedistill": fedistill.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def site_folder(work: Path, site: str) -> Path:
+    """All of a site's work, below the folder `work` that simulated sites share."""
+    return work / f"site-{quote(site, safe='')}"
+
+
+def ledger_file(site: Path) -> Path:
+    """The one ledger of a site, in its folder."""
+    return site / "ledger.db"
+
+
 @dataclass(frozen=True)
 class _Folders:
     experts: Path
@@ -300,12 +310,12 @@ class _Folders:
 
     @staticmethod
     def of(config: Config, data: Dataset, site: str, work: Path, run: str) -> _Folders:
-        experts = work / f"site-{quote(site, safe='')}" / f"{data.fingerprint}-{config.key('data', 'experts')}"
+        experts = site_folder(work, site) / f"{data.fingerprint}-{config.key('data', 'experts')}"
         method = method_of(config)
         checkpoints = horizon(config, method) if method.experts else 0
         if checkpoints and config.privacy == "dp":  # all of a private expert is paid for, so all of it is used
             checkpoints = expert_steps(config) // config.checkpoint_every
-        name = config.key("distill") + (f"-{run}" if config.rounds > 1 else "")
+        name = config.key("distill") + (f"-{quote(run, safe='')}" if config.rounds > 1 else "")
         return _Folders(experts, name, checkpoints, method.sketch)
 
     @property
@@ -318,7 +328,7 @@ class _Folders:
 
     @property
     def ledger(self) -> Path:
-        return self.experts.parent / "ledger.db"
+        return ledger_file(self.experts.parent)
 
     def seconds(self, phase: str) -> Path:
         """A file per phase: jobs that share the experts may distil at the same time."""
