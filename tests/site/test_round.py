@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,12 @@ def test_a_round_is_not_answered_for_other_parameters(tiny: Dataset, tmp_path: P
             one(config, tiny, tmp_path, thetas=thetas)
     with pytest.raises(FedistillError, match="pays for one network, and the server sent 2"):
         one(config, tiny, tmp_path, round=2, thetas=dict.fromkeys([NAME, name_of("mlp", 0.1, 1)], start(config, tiny)))
+
+
+def test_two_that_ask_at_once_get_one_answer(tiny: Dataset, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: one(private(), tiny, tmp_path).thetas[NAME], range(2))
+    assert torch.equal(first, second)
 
 
 def test_a_cap_holds(tiny: Dataset, tmp_path: Path) -> None:
