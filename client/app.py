@@ -32,6 +32,7 @@ from fedistill.privacy.answers import private_answers
 from fedistill.privacy.ledger import Cap
 from fedistill.privacy.plan import delta_of, records_of
 from fedistill.processes import alone
+from fedistill.site.average import train_round
 from fedistill.site.describe import describe, describe_privately
 from fedistill.site.folder import site_folder
 from fedistill.site.job import advance, released_set
@@ -162,6 +163,22 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
         arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number, run=run))
         content["set"] = ArrayRecord({k: Array(a) for k, a in arrays.items()})
         content["text"] = ConfigRecord({"set": text})
+    return content
+
+
+@app.train("fedavg")
+@answers
+def average(msg: Message, site: Site, config: Config) -> RecordDict:
+    """A round of federated averaging. Parameters that were trained without privacy can show images: no real site sends them."""
+    if not site.simulated and config.privacy != "dp":
+        raise FedistillError("bare-parameters", "privacy=none would send parameters as they are: no site does that.")
+    job = _job(msg)
+    thetas = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
+    local = train_round(
+        config, site.data, site.name, site.work, round=int(job["round"]), thetas=thetas, run=str(job["run"])
+    )
+    content = _reply(local.records)
+    content["models"] = ArrayRecord({name: Array(theta.numpy()) for name, theta in local.thetas.items()})
     return content
 
 

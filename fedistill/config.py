@@ -171,6 +171,14 @@ class Config:
     eval_steps: int = _key(0, "SGD steps of a global network", scope="eval", low=0)
     eval_batch: int = _key(64, "images per step of a global network", scope="eval", low=1)
 
+    fl_rounds: int = _key(0, "rounds of federated averaging, an arm of comparison; 0: no such arm", scope="eval", low=0)
+    fl_steps: int = _key(20, "SGD steps per site and round of federated averaging", scope="eval", low=1)
+    fl_lr: float = _key(
+        0.0,
+        "learning rate of federated averaging; 0: chosen on validation, or dp_lr with privacy=dp, where every try costs",
+        scope="eval",
+        low=0.0,
+    )
     eval_epsilon: float = _key(
         0.0,
         "with privacy=dp: what each site pays, beyond epsilon, for noisy counts of right answers; 0: it sends none",

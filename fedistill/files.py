@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +65,3 @@ def read_about(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     return dict(json.loads(header["__metadata__"]["about"]))
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Hold `path` against other processes, which wait. SQLite's lock: every system has it, and a killed process lets go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=86400.0, isolation_level=None)) as base:
-        base.execute("BEGIN EXCLUSIVE")
-        yield

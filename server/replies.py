@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import numpy as np
+import torch
 from flwr.app import RecordDict
 
 from fedistill.errors import FedistillError
 from fedistill.models.loss import KINDS
+from fedistill.site.average import Local
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import decode, size
 
@@ -38,6 +42,20 @@ def read_set(content: RecordDict, *, max_images: int, geometry: tuple[int, ...])
     except Exception:  # numpy reads what the site wrote: any exception is the site's
         _nonsense("says that it is ready but holds no synthetic set")
     return decode(arrays, text, max_images=max_images, geometry=geometry), size(arrays, text)
+
+
+def read_local(content: RecordDict, sizes: Mapping[str, int]) -> Local:
+    """A site's answer to a round of averaging. Raises `FedistillError` where it has not each network's number of parameters."""
+    records = read_reply(content)
+    try:
+        arrays = {str(k): array.numpy() for k, array in content.array_records["models"].items()}
+    except Exception:  # numpy reads what the site wrote: any exception is the site's
+        _nonsense("holds no parameters")
+    if not _is_count(records) or records == 0:
+        _nonsense("has no number of records")
+    if set(arrays) != set(sizes) or any(a.dtype != np.float32 or a.shape != (sizes[n],) for n, a in arrays.items()):
+        _nonsense("has not the parameters of the models that were sent")
+    return Local({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, records)
 
 
 def read_progress(value: Any) -> dict[str, Any]:

@@ -301,7 +301,9 @@ def _ask(
     phases: Mapping[str, str] | None = None,
 ) -> dict[int, Failure]:
     """A conversation with every node in `first`, whose crashes and failures go to the event log."""
-    other = {"query.describe": "describe", "evaluate.models": "evaluate"}.get(kind, "collect")
+    other = {"query.describe": "describe", "evaluate.models": "evaluate", "train.fedavg": "evaluate"}.get(
+        kind, "collect"
+    )
 
     def tell(node: int, status: str, message: str) -> None:
         site = nodes.get(node, "")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,8 @@ from fedistill.models.augment import augment, draw
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import answers_of, class_weights, loss_of, targets_of
 from fedistill.seeding import generator
+
+Train = Callable[[Sequence[tuple[float, int]]], list[Tensor]]  # (learning rate, seed) of each network -> its parameters
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
@@ -88,19 +91,27 @@ class Result:
     thetas: list[Tensor]
 
 
-@one_thread()
 def select_and_test(config: Config, task: Task, model: str, material: Material, val: Split, test: Split) -> Result:
     """Choose the learning rate on `val` with one network each, train `eval_nets` networks with it, score them on `test`."""
+    train = functools.partial(fit_all, config, task, model, material)
+    return choose_and_test(config, task, model, train, val, test, rates=LEARNING_RATES, nets=config.eval_nets)
+
+
+@one_thread()
+def choose_and_test(
+    config: Config, task: Task, model: str, train: Train, val: Split, test: Split, *, rates: Sequence[float], nets: int
+) -> Result:
+    """As `select_and_test`, whatever `train` does to get its networks: at each of `rates`, then `nets` at the best."""
     began = time.monotonic()
     net = task.network(model, config)
-    searched = fit_all(config, task, model, material, [(lr, config.seed) for lr in LEARNING_RATES])
+    searched = train([(lr, config.seed) for lr in rates])
     chosen = max(
-        range(len(LEARNING_RATES)),
+        range(len(rates)),
         key=lambda i: merit(score(predict(net, searched[i], val.images, task), val.labels, task.kind), task.kind),
     )
-    lr = LEARNING_RATES[chosen]
-    more = [(lr, config.seed + 1000 * n) for n in range(1, config.eval_nets)]
-    thetas = [searched[chosen], *fit_all(config, task, model, material, more)]
+    lr = rates[chosen]
+    more = [(lr, config.seed + 1000 * n) for n in range(1, nets)]
+    thetas = [searched[chosen], *(train(more) if more else ())]
     on_test, on_val = (
         [score(predict(net, theta, part.images, task), part.labels, task.kind) for theta in thetas]
         for part in (test, val)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,17 +91,31 @@ def steps_done(folder: Path, expert: int) -> int:
     return int(read_about(file)["step"]) if file.exists() else 0
 
 
+def sgd(
+    config: Config, task: Task, net: Flat, train: Split, rate: float, rng: torch.Generator
+) -> Callable[[Tensor], Tensor]:
+    """theta -> theta - rate * grad of the weighted loss, on a batch that `rng` draws with replacement."""
+    operations, device = task.operations(config), device_of(config.device)
+    targets = targets_of(train.labels, task.classes, task.kind)
+    weights = class_weights(targets, kind=task.kind).to(device) if config.class_weights else None
+
+    def step(theta: Tensor) -> Tensor:
+        index = torch.randint(len(train), (config.expert_batch,), generator=rng)
+        x = augment(normalise(train.images[index], task.modality).to(device), draw(operations, rng))
+        theta = theta.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss_of(task.kind, net(theta, x), targets[index].to(device), weights), theta)
+        return theta.detach() - rate * gradient
+
+    return step
+
+
 @one_thread()
 def _train_one(
     config: Config, task: Task, train: Split, folder: Path, site: str, expert: int, goal: int, until: float
 ) -> None:
-    """theta <- theta - lr * grad of the weighted loss, on batches drawn with replacement."""
     keep_freed_memory()
     names = architectures_of(config)
-    net, operations = task.network(names[expert % len(names)], config), task.operations(config)
-    device = device_of(config.device)
-    targets = targets_of(train.labels, task.classes, task.kind)
-    weights = class_weights(targets, kind=task.kind).to(device) if config.class_weights else None
+    net, device = task.network(names[expert % len(names)], config), device_of(config.device)
     rng = generator(config.seed, "expert", site, expert)
     file = expert_file(folder, expert)
     if file.exists():
@@ -112,12 +127,9 @@ def _train_one(
         parts = trajectory.begin(theta.cpu())
 
     new: list[Tensor] = []
+    train_step = sgd(config, task, net, train, config.expert_lr, rng)
     while step < goal:
-        index = torch.randint(len(train), (config.expert_batch,), generator=rng)
-        x = augment(normalise(train.images[index], task.modality).to(device), draw(operations, rng))
-        theta.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss_of(task.kind, net(theta, x), targets[index].to(device), weights), theta)
-        theta = theta.detach() - config.expert_lr * gradient
+        theta = train_step(theta)
         step += 1
         if step % config.checkpoint_every == 0:
             new.append(theta.clone().cpu())

@@ -143,6 +143,8 @@ class PrivateSGD:
                 with warnings.catch_warnings():  # of a hook that Opacus sets, where images need no gradient
                     warnings.filterwarnings("ignore", "Full backward hook is firing")
                     each.mean().backward()
+                for parameter in self._net.parameters():  # what overflows has no length that could be clipped
+                    parameter.grad_sample.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             else:  # nobody was drawn: the noise is added all the same
                 for parameter in self._net.parameters():
                     parameter.grad_sample = torch.zeros((0, *parameter.shape), device=self._device)

@@ -16,7 +16,7 @@ from fedistill.data.dataset import Split
 from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, load_trajectory
-from fedistill.files import alone, read_json, read_tensors, write_json, write_tensors
+from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.problem import membership
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
@@ -27,6 +27,7 @@ from fedistill.privacy.dpsgd import records_by_unit, train_private_experts
 from fedistill.privacy.ledger import Cap, Ledger
 from fedistill.privacy.noise import noisy
 from fedistill.privacy.plan import Plan, expert_steps, plan_of, records_of
+from fedistill.processes import alone
 
 HEAVIEST = 10.0  # class weight
 
@@ -40,24 +41,14 @@ def learn(
     noise, and only what is finished is ever used: the plan covers one use of each mechanism.
     Raises `FedistillError` where the plan is impossible, or more than the ledger's `cap` has left.
     """
-    with alone(folder / "private.lock"):  # of two processes each would release a noisy result of its own
+    with alone(folder, wait=True):  # of two processes each would release a noisy result of its own
         return _learn(config, task, train, folder, site=site, ledger=ledger, cap=cap, until=until)
 
 
 def _learn(
     config: Config, task: Task, train: Split, folder: Path, *, site: str, ledger: Path, cap: Cap | None, until: float
 ) -> tuple[int, int]:
-    plan = _plan(config, train, folder)
-    key = f"{folder.name}/{_word(config)}/{read_json(_plan_file(config, folder))['nonce']}"
-    Ledger(ledger).spend(
-        key=key,
-        data=site,
-        unit=plan.unit,
-        what=_word(config),
-        delta=plan.first.delta,
-        mechanisms=plan.mechanisms,
-        cap=cap,
-    )
+    plan = pay(_plan(config, train, folder), ledger, what=_word(config), site=site, cap=cap)
     records = records_by_unit(train, plan.unit)
     if method_of(config).sketch:
         file = sketch_file(folder)
@@ -65,14 +56,18 @@ def _learn(
             sums = sketch.sketch(config, task, train.images, _targets(train, task), records)
             write_tensors(file, {"sums": noisy(sums, plan["sketch"])}, {})
         return 1, 1
-    counts = _counts(task, train, folder, records, plan["counts"])
-    weights = weights_of(counts, len(records), task.kind) if config.class_weights else torch.ones(task.classes)
+    weights = private_weights(config, task, train, folder, plan["counts"])
     return train_private_experts(config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until)
 
 
 def read_plan(config: Config, folder: Path) -> Plan:
     """The plan that was carried out in `folder`."""
-    stored = read_json(_plan_file(config, folder))
+    return load_plan(_plan_file(config, folder))
+
+
+def load_plan(file: Path) -> Plan:
+    """A plan that `store_plan` left."""
+    stored = read_json(file)
     return Plan(
         unit=stored["unit"],
         records=stored["records"],
@@ -80,6 +75,28 @@ def read_plan(config: Config, folder: Path) -> Plan:
         first=Accounted(**stored["first"]),
         second=Accounted(**stored["second"]) if stored["second"] else None,
     )
+
+
+def store_plan(file: Path, plan: Plan) -> None:
+    """With a nonce, which makes another spend of what is done again because its folder was deleted."""
+    first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
+    stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second, "nonce": token_hex(8)}
+    write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
+
+
+def pay(plan_file: Path, ledger: Path, *, what: str, site: str, cap: Cap | None) -> Plan:
+    """The plan in a file, once it is on the ledger. Raises `FedistillError` where `cap` forbids it."""
+    plan, nonce = load_plan(plan_file), read_json(plan_file)["nonce"]
+    Ledger(ledger).spend(
+        key=f"{plan_file.parent.name}/{what}/{nonce}",
+        data=site,
+        unit=plan.unit,
+        what=what,
+        delta=plan.first.delta,
+        mechanisms=plan.mechanisms,
+        cap=cap,
+    )
+    return plan
 
 
 def private_counts(config: Config, folder: Path) -> list[int]:
@@ -126,6 +143,13 @@ def sketch_file(folder: Path) -> Path:
     return folder / "private-sketch.safetensors"
 
 
+def private_weights(config: Config, task: Task, train: Split, folder: Path, mechanism: Mechanism) -> Tensor:
+    """Class weights `(K,)` out of the noisy counts in `folder`, which are made with `mechanism` where there are none yet."""
+    records = records_by_unit(train, config.unit)
+    counts = _counts(task, train, folder, records, mechanism)
+    return weights_of(counts, len(records), task.kind) if config.class_weights else torch.ones(task.classes)
+
+
 def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
     """Weights `(K,)` against imbalance out of noisy counts: at most 10, mean about 1 over the images."""
     n = counts.clamp_min(1.0)
@@ -135,15 +159,12 @@ def weights_of(counts: Tensor, records: int, kind: str) -> Tensor:
     return weights / ((weights * n).sum() / n.sum())
 
 
-def _plan(config: Config, train: Split, folder: Path) -> Plan:
-    """The plan, which a kill survives. Its nonce makes another spend of what is done again because the folder was deleted."""
+def _plan(config: Config, train: Split, folder: Path) -> Path:
+    """The file of the plan, which survives a kill."""
     file = _plan_file(config, folder)
     if not file.exists():
-        plan = plan_of(config, records_of(train, config.unit))
-        first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
-        stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second, "nonce": token_hex(8)}
-        write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
-    return read_plan(config, folder)
+        store_plan(file, plan_of(config, records_of(train, config.unit)))
+    return file
 
 
 def _word(config: Config) -> str:

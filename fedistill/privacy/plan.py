@@ -81,18 +81,25 @@ def plan_of(config: Config, records: int) -> Plan:
 
     Raises `FedistillError` where no noise can meet epsilon, and where the accountants do not agree.
     """
+    if not method_of(config).sketch:
+        return plan_of_steps(config, records, config.experts * expert_steps(config))
     delta = delta_of(config, records)
     whole = calibrate(config.epsilon, delta, sample_rate=1.0, steps=1)
-    if method_of(config).sketch:
-        mechanisms = [Mechanism(name="sketch", sample_rate=1.0, noise_multiplier=whole, steps=1, clip_norm=sketch.NORM)]
-    else:
-        counts = Mechanism(name="counts", sample_rate=1.0, noise_multiplier=COUNT_NOISE * whole, steps=1)
-        rate, steps = config.sample_rate, config.experts * expert_steps(config)
-        sigma = calibrate(config.epsilon, delta, sample_rate=rate, steps=steps, before=[counts])
-        sgd = Mechanism(
-            name="dp-sgd", sample_rate=rate, noise_multiplier=sigma, steps=steps, clip_norm=config.clip_norm
-        )
-        mechanisms = [counts, sgd]
+    once = Mechanism(name="sketch", sample_rate=1.0, noise_multiplier=whole, steps=1, clip_norm=sketch.NORM)
+    return _plan(config, records, [once], delta)
+
+
+def plan_of_steps(config: Config, records: int, steps: int) -> Plan:
+    """Noisy class counts, and so many steps of DP-SGD, within `config.epsilon`. Raises as `plan_of` does."""
+    delta, rate = delta_of(config, records), config.sample_rate
+    whole = calibrate(config.epsilon, delta, sample_rate=1.0, steps=1)
+    counts = Mechanism(name="counts", sample_rate=1.0, noise_multiplier=COUNT_NOISE * whole, steps=1)
+    sigma = calibrate(config.epsilon, delta, sample_rate=rate, steps=steps, before=[counts])
+    sgd = Mechanism(name="dp-sgd", sample_rate=rate, noise_multiplier=sigma, steps=steps, clip_norm=config.clip_norm)
+    return _plan(config, records, [counts, sgd], delta)
+
+
+def _plan(config: Config, records: int, mechanisms: list[Mechanism], delta: float) -> Plan:
     first, second = epsilon_of(mechanisms, delta), cross_check(mechanisms, delta)
     if second is not None and not agree(first, second):
         raise FedistillError(

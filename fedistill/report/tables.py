@@ -13,6 +13,8 @@ ARM_NAMES = {
     "distilled": "Distilled union",
     "random_real": "Random real images",
     "local_only": "Local only",
+    "fedavg": "Federated averaging",
+    "dp-fedavg": "Private federated averaging",
     "centralised": "Centralised",
 }
 METRICS = {
@@ -68,6 +70,11 @@ def spoken(metric: str) -> str:
 
 def best_means(summary: Mapping[str, Any]) -> str:
     return f"{BEST} higher {spoken(charted(summary)[0])} of the two arms with the same budget of images"
+
+
+def images_of(key: str, arm: Mapping[str, Any]) -> str:
+    """How many images an arm is made of; "-" where parameters travel and no images."""
+    return "-" if key in ("fedavg", "dp-fedavg") else number(arm.get("images"))
 
 
 def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -154,7 +161,9 @@ def verdict(summary: Mapping[str, Any]) -> str:
         )
     else:
         first = f"On {spoken(metric)} the distilled union is level with random real images {budget}."
+    averaging = next((arm for arm in ("fedavg", "dp-fedavg") if arm in arms), "")
     others = [
+        _standing(arms, averaging, arm_name(averaging).lower(), metric),
         _standing(arms, "centralised", "centralised training on all real images", metric),
         _standing(arms, "local_only", "training at each site alone", metric),
     ]
@@ -280,7 +289,7 @@ def _arm_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
     best, metrics = best_arm(summary), metrics_of(summary)
     for key, arm in arms_in_order(summary.get("arms") or {}):
         name = arm_name(key) + (f" {BEST}" if key == best else "")
-        yield [name, *(score(arm.get(m)) for m in metrics), number(arm.get("images")), size(arm.get("upload_bytes"))]
+        yield [name, *(score(arm.get(m)) for m in metrics), images_of(key, arm), size(arm.get("upload_bytes"))]
 
 
 def _compare(arms: Mapping[str, Any], other: str, metric: str) -> tuple[float, float | None] | None:

@@ -29,6 +29,11 @@ def check_settings(config: Config, task: Task) -> None:
             "not-for-method",
             f"rounds={config.rounds} needs trajectory matching, and method={config.method} is none: use ptm, or one round.",
         )
+    if config.fl_rounds and config.server_data == "none":
+        raise FedistillError(
+            "no-comparison",
+            f"fl_rounds={config.fl_rounds} is for comparison, on data that the server has: use fl_rounds=0 or server_data=same.",
+        )
     task.operations(config)
     if task.kind == "multilabel" and config.budget != "equal":
         raise FedistillError(

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -325,7 +326,7 @@ class _Folders:
         checkpoints = horizon(config, method) if method.experts else 0
         if checkpoints and config.privacy == "dp":  # all of a private expert is paid for, so all of it is used
             checkpoints = expert_steps(config) // config.checkpoint_every
-        name = config.key("distill") + (f"-{run}" if config.rounds > 1 else "")
+        name = config.key("distill") + (f"-{quote(run, safe='')}" if config.rounds > 1 else "")
         return _Folders(experts, name, checkpoints, method.sketch)
 
     @property

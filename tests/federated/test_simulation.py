@@ -59,9 +59,10 @@ def test_process_tree_sees_a_grandchild() -> None:
 
 @pytest.mark.flower
 def test_real_run_on_the_ray_engine(tmp_path: Path) -> None:
-    config = Config(**TINY, out=str(tmp_path / "run"), seeds=1)  # type: ignore[arg-type]
+    config = Config(**TINY, out=str(tmp_path / "run"), seeds=1, fl_rounds=1, fl_steps=2)  # type: ignore[arg-type]
     summary = simulate(config, Console(file=StringIO()))
     assert [s["status"] for s in summary["sites"]] == ["ok"] * 3
+    assert summary["arms"]["fedavg"]["upload_bytes"] > 0
     assert summary["peak_memory_bytes"] is None or summary["peak_memory_bytes"] > 10**8
     began = time.monotonic()
     assert simulate(config, Console(file=StringIO())) == summary  # finished: nothing starts

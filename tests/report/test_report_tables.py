@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedistill.report.page import render_report
 from fedistill.report.tables import (
     BEST,
     arms_markdown,
@@ -114,6 +115,22 @@ def test_verdict_tells_unequal_budgets_and_the_price() -> None:
     assert "(150 against 120 images)" in text
     assert "4.1 points below centralised" in text
     assert "within one standard deviation of centralised" in verdict(make((0.79, 0.02), (0.6, 0.02)))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"), [("fedavg", "Federated averaging"), ("dp-fedavg", "Private federated averaging")]
+)
+def test_averaging_is_an_arm_without_images(key: str, name: str) -> None:
+    summary = make((0.71, 0.02), (0.60, 0.02))
+    summary["arms"][key] = summary["arms"]["centralised"] | {
+        "balanced_accuracy": {"mean": 0.77, "std": 0.01}, "images": None, "upload_bytes": 81_600,
+    }  # fmt: skip
+    row = next(line for line in arms_markdown(summary).splitlines() if name in line)
+    assert row.endswith("| - | 81.6 kB |")
+    assert f"6.0 points below {name.lower()} and 9.0 points below centralised" in verdict(summary)
+    page = render_report(summary, {}, {})
+    assert f">{name}</th>" in page
+    assert "<td>-</td><td>81.6 kB</td>" in page
 
 
 @pytest.mark.parametrize("summary", [{}, {"arms": {}}, {"arms": {"distilled": None}}])

@@ -1,0 +1,122 @@
+"""Federated averaging (McMahan et al., AISTATS 2017) as an arm, under the protocol of all others (`evaluation.fit`).
+
+    theta <- sum_i n_i theta_i / sum_i n_i
+
+theta_i: what `fl_steps` SGD steps of site i make of theta; n_i: its records. The average is taken here, and not by the strategy
+that Flower has for it, so that it is the same without Flower; and that strategy writes error texts of sites into its log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.data.partition import Partition
+from fedistill.evaluation.arms import architectures, figures_of
+from fedistill.evaluation.fit import choose_and_test
+from fedistill.experts.train import Task
+from fedistill.files import read_tensors, write_tensors
+from fedistill.seeding import generator
+from fedistill.site.average import Local, name_of, train_round
+from fedistill.site.describe import task_of
+
+# Ten times those of other arms (`fit.LEARNING_RATES`): there is no momentum of 0.9 here.
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+Ask = Callable[[int, dict[str, Tensor]], Mapping[str, Local]]  # round, global parameters -> the answer of each site
+
+
+def arm_of(config: Config) -> str:
+    return "dp-fedavg" if config.privacy == "dp" else "fedavg"
+
+
+def averaged_models(config: Config) -> list[str]:
+    """The architectures that are averaged: in private work only the headline's, since every network costs noise."""
+    return architectures(config)[:1] if config.privacy == "dp" else architectures(config)
+
+
+def rates_of(config: Config) -> tuple[float, ...]:
+    """The learning rates that are tried: a public one in private work, where every try would have to be paid for."""
+    if config.fl_lr:
+        return (config.fl_lr,)
+    return (config.dp_lr,) if config.privacy == "dp" else RATES
+
+
+def fedavg(config: Config, data: Dataset, parts: Partition, folder: Path) -> dict[str, Any]:
+    """Figures of the arm with the first of `config.eval_models`: the sites of `parts` take turns in this process.
+
+    folder: of this configuration and partition; it has the sites' ledgers, and what goes on after a stop. Raises
+    `FedistillError` as `site.average.train_round` does.
+    """
+    sites = [parts.at(data, place) for place in range(len(parts))]
+
+    def ask(round: int, thetas: dict[str, Tensor]) -> dict[str, Local]:
+        return {
+            site.name: train_round(config, site, site.name, folder / "work", round=round, thetas=thetas)
+            for site in sites
+        }
+
+    return evaluate_average(config, data, architectures(config)[0], ask, folder / "rounds")
+
+
+def evaluate_average(config: Config, data: Dataset, model: str, ask: Ask, folder: Path) -> dict[str, Any]:
+    """Figures of the arm with one architecture; finished rounds are kept in `folder` and not asked for again.
+
+    The networks begin where those of other arms begin. upload_bytes: what the sites sent for one network, over all rounds; what
+    the other learning rates and the repetitions took is not in it, as it is in no other arm's.
+    """
+    task, sent = task_of(data), []
+
+    def train(todo: Sequence[tuple[float, int]]) -> list[Tensor]:
+        thetas, uploads = run_rounds(config, _initial(config, task, model, todo), ask, folder)
+        sent.append(uploads)
+        return thetas
+
+    nets = 1 if config.privacy == "dp" else config.eval_nets
+    rates = rates_of(config)
+    result = choose_and_test(config, task, model, train, data.val, data.test, rates=rates, nets=nets)
+    upload = sent[0][rates.index(result.learning_rate)]
+    return figures_of([result]) | {"images": None, "upload_bytes": upload}
+
+
+def run_rounds(config: Config, start: Mapping[str, Tensor], ask: Ask, folder: Path) -> tuple[list[Tensor], list[int]]:
+    """All rounds from the parameters `start` `(P,)` of each network: its last ones, and the bytes that the sites sent of it.
+
+    A network that diverged is not asked about again.
+    """
+    thetas, sent = dict(start), dict.fromkeys(start, 0)
+    batch = folder / hashlib.sha256("|".join(start).encode()).hexdigest()[:12]
+    for round in range(1, config.fl_rounds + 1):
+        sound = {name: theta for name, theta in thetas.items() if torch.isfinite(theta).all()}
+        if not sound:
+            break
+        file = batch / f"round-{round}.safetensors"
+        if not file.exists():
+            answers = list(ask(round, sound).values())
+            write_tensors(file, mean_of(answers), {"answers": len(answers)})
+        found, about = read_tensors(file)
+        thetas |= found
+        for name, theta in found.items():
+            sent[name] += about["answers"] * theta.numel() * theta.element_size()
+    return list(thetas.values()), list(sent.values())
+
+
+def mean_of(answers: Sequence[Local]) -> dict[str, Tensor]:
+    """The mean of each network's parameters, weighted by records; every answer has the same networks."""
+    total = sum(answer.records for answer in answers)
+    return {
+        name: sum((answer.records / total * answer.thetas[name] for answer in answers), torch.zeros(()))
+        for name in answers[0].thetas
+    }
+
+
+def _initial(config: Config, task: Task, model: str, todo: Sequence[tuple[float, int]]) -> dict[str, Tensor]:
+    net = task.network(model, config)
+    return {name_of(model, rate, seed): net.initial(generator(seed, "global", model)) for rate, seed in todo}

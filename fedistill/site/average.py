@@ -1,0 +1,147 @@
+"""A site's part in federated averaging, the comparison in which parameters travel instead of images.
+
+A network is named "model@rate@seed" in messages: its architecture, its learning rate, and the seed that it began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from torch import Tensor
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.errors import FedistillError
+from fedistill.experts.train import Task, sgd
+from fedistill.files import read_tensors, write_tensors
+from fedistill.memory import one_thread
+from fedistill.models.flat import device_of
+from fedistill.privacy.dpsgd import PrivateSGD
+from fedistill.privacy.learn import pay, private_weights, store_plan
+from fedistill.privacy.ledger import Cap
+from fedistill.privacy.plan import plan_of_steps, records_of
+from fedistill.processes import alone
+from fedistill.seeding import generator
+from fedistill.site.describe import task_of
+from fedistill.site.folder import ledger_file, site_folder
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a site answers in a round: the parameters `(P,)` of each network, and how many records taught them."""
+
+    thetas: dict[str, Tensor]
+    records: int
+
+
+def name_of(model: str, rate: float, seed: int) -> str:
+    return f"{model}@{rate!r}@{seed}"
+
+
+@one_thread()
+def train_round(
+    config: Config,
+    data: Dataset,
+    site: str,
+    work: Path,
+    *,
+    round: int,
+    thetas: Mapping[str, Tensor],
+    run: str = "",
+    cap: Cap | None = None,
+) -> Local:
+    """`config.fl_steps` SGD steps on the site's training images from each of the global parameters `(P,)`.
+
+    run: a word for the federated run, whose rounds have one plan. cap: the most that may ever be spent on the site's records.
+    Asked again, it answers the same. Raises `FedistillError` on a round that is not one of `config.fl_rounds`, on parameters
+    that do not fit, and in private work on all that the plan does not cover: a second network, or a round that was answered
+    for other parameters.
+
+    *Formal guarantee* of privacy=dp: the answers to all rounds together have the epsilon of `plan_of_steps`, whatever
+    parameters are sent. The number of records is declared public.
+    """
+    if not 1 <= round <= config.fl_rounds:
+        raise FedistillError("no-round", f"There is no round {round}: fl_rounds={config.fl_rounds}.")
+    task = task_of(data)
+    for name, theta in thetas.items():
+        _check(config, task, name, theta)
+    if config.privacy == "dp":
+        return _private_round(config, task, data, site, work, round, thetas, run, cap)
+    answers = {}
+    for name, theta in thetas.items():
+        model, rate = _read(name)
+        rng = generator(config.seed, "average", site, name, round)
+        step, theta = sgd(config, task, task.network(model, config), data.train, rate, rng), _on_device(config, theta)
+        for _ in range(config.fl_steps):
+            theta = step(theta)
+        answers[name] = theta.cpu()
+    return Local(answers, len(data.train))
+
+
+def _private_round(
+    config: Config,
+    task: Task,
+    data: Dataset,
+    site: str,
+    work: Path,
+    round: int,
+    thetas: Mapping[str, Tensor],
+    run: str,
+    cap: Cap | None,
+) -> Local:
+    """The answer to a round is stored and never made twice: two answers with two noises would be more than was paid for."""
+    if len(thetas) != 1:
+        raise FedistillError("many-networks", f"The plan pays for one network, and the server sent {len(thetas)}.")
+    ((name, theta),) = thetas.items()
+    model, rate = _read(name)
+    asked = hashlib.sha256(name.encode() + theta.cpu().numpy().tobytes()).hexdigest()
+    key = f"{data.fingerprint}-{config.key('data', 'experts', 'eval')}-{quote(run, safe='')}"
+    folder = site_folder(work, site) / f"average-{key}"
+    file = folder / f"round-{round}.safetensors"
+    with alone(folder, wait=True):
+        if not file.exists():
+            plan_file, records = folder / "plan.json", records_of(data.train, config.unit)
+            if not plan_file.exists():
+                store_plan(plan_file, plan_of_steps(config, records, config.fl_rounds * config.fl_steps))
+            plan = pay(plan_file, ledger_file(work, site), what="averaging", site=site, cap=cap)
+            weights = private_weights(config, task, data.train, folder, plan["counts"])
+            private = dataclasses.replace(config, dp_lr=rate)
+            steps = PrivateSGD(private, task, model, _on_device(config, theta), plan["dp-sgd"], data.train, weights)
+            for _ in range(config.fl_steps):
+                steps.step()
+            write_tensors(file, {"theta": steps.theta()}, {"asked": asked, "records": records})
+    parts, about = read_tensors(file)
+    if about["asked"] != asked:
+        raise FedistillError(
+            "other-round", f"Round {round} was answered before, for other parameters: it is paid for once."
+        )
+    return Local({name: parts["theta"]}, int(about["records"]))
+
+
+def _read(name: str) -> tuple[str, float]:
+    """Architecture and learning rate of a network. Raises `FedistillError` on what `name_of` cannot have written."""
+    try:
+        model, rate, _ = name.split("@")
+        if 0 < float(rate) < math.inf:
+            return model, float(rate)
+    except ValueError:
+        pass
+    raise FedistillError("bad-model", "A network of the server has no name of the form model@rate@seed.")
+
+
+def _check(config: Config, task: Task, name: str, theta: Tensor) -> None:
+    model, _ = _read(name)
+    size = task.network(model, config).size
+    if theta.dtype != torch.float32 or theta.shape != (size,) or not torch.isfinite(theta).all():
+        raise FedistillError("bad-model", f"The global model does not fit: {model} has {size} finite parameters.")
+
+
+def _on_device(config: Config, theta: Tensor) -> Tensor:
+    return theta.to(device_of(config.device))

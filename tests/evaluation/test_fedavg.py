@@ -1,0 +1,116 @@
+"""Federated averaging as an arm, in one process: the arithmetic, resume, and the protocol that it shares with other arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+from torch import Tensor
+
+from fedistill.config import Config, make_config
+from fedistill.data.dataset import Dataset
+from fedistill.data.partition import partition
+from fedistill.evaluation.average import RATES, fedavg, mean_of, rates_of, run_rounds
+from fedistill.evaluation.fit import predict
+from fedistill.evaluation.metrics import score
+from fedistill.files import read_json
+from fedistill.seeding import generator
+from fedistill.site.average import Local, name_of, train_round
+from fedistill.site.describe import task_of
+
+
+def settings(**more: Any) -> Config:
+    tiny = {
+        "partition": "iid", "sites": 2, "width": 4, "expert_batch": 16, "eval_models": "mlp", "fl_rounds": 2, "fl_steps": 3,
+        "workers": 1, "eval_nets": 2,
+    }  # fmt: skip
+    return make_config(tiny | more).resolved()
+
+
+def test_the_average_is_that_of_flower() -> None:
+    answers = [Local({"a": torch.randn(7), "b": torch.randn(3)}, n) for n in (5, 40, 1)]
+    records = [
+        RecordDict({
+            "arrays": ArrayRecord({k: Array(theta.numpy()) for k, theta in answer.thetas.items()}),
+            "metrics": MetricRecord({"num-examples": answer.records}),
+        })
+        for answer in answers
+    ]  # fmt: skip
+    theirs = aggregate_arrayrecords(records, "num-examples")
+    for name, mine in mean_of(answers).items():
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, torch.from_numpy(theirs[name].numpy()))
+
+
+def test_one_site_and_one_round_are_local_training(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(sites=1, fl_rounds=1, fl_lr=0.1, fl_steps=8, eval_nets=1)
+    parts, task = partition(tiny, config), task_of(tiny)
+    figures = fedavg(config, tiny, parts, tmp_path)
+    net = task.network("mlp", config)
+    start = {name_of("mlp", 0.1, 0): net.initial(generator(0, "global", "mlp"))}
+    site = parts.at(tiny, 0)
+    (theta,) = train_round(config, site, site.name, tmp_path, round=1, thetas=start).thetas.values()
+    want = score(predict(net, theta, tiny.test.images, task), tiny.test.labels)
+    assert figures["balanced_accuracy"]["mean"] == want["balanced_accuracy"]
+    assert figures["auc"]["mean"] == want["auc"]
+    assert (figures["images"], figures["upload_bytes"], figures["learning_rate"]) == (None, 4 * net.size, [0.1])
+
+
+def test_several_networks_share_a_chosen_rate_and_an_upload_is_that_of_one(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings()
+    figures = fedavg(config, tiny, partition(tiny, config), tmp_path)
+    size = task_of(tiny).network("mlp", config).size
+    assert figures["learning_rate"][0] in RATES
+    assert figures["balanced_accuracy"]["std"] is not None
+    assert figures["upload_bytes"] == 2 * 2 * 4 * size  # two sites, two rounds
+    rounds = sorted(tmp_path.rglob("round-*.safetensors"))
+    before = [p.stat().st_mtime_ns for p in rounds]
+    again = fedavg(config, tiny, partition(tiny, config), tmp_path)
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in figures.items() if k != "seconds"}
+    assert [p.stat().st_mtime_ns for p in rounds] == before
+
+
+def test_private_averaging_trains_one_network_at_one_public_rate(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(privacy="dp", epsilon=5.0, method="sketch", dp_lr=0.25)
+    assert rates_of(config) == (0.25,)
+    figures = fedavg(config, tiny, partition(tiny, config), tmp_path)
+    assert figures["learning_rate"] == [0.25]
+    assert figures["balanced_accuracy"]["std"] is None
+    plans = [read_json(p) for p in tmp_path.rglob("plan.json")]
+    assert [m["steps"] for plan in plans for m in plan["mechanisms"] if m["name"] == "dp-sgd"] == [6, 6]
+    assert all(plan["first"]["epsilon"] <= 5.0 for plan in plans)
+
+
+def test_a_network_that_diverged_is_not_asked_about_again(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
+
+    def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
+        asked.append(list(thetas))
+        return {"north": Local({name: theta / (0 if name == "bad" else 1) for name, theta in thetas.items()}, 1)}
+
+    start = {"good": torch.ones(2), "bad": torch.ones(2)}
+    thetas, sent = run_rounds(settings(), start, ask, tmp_path)
+    assert asked == [["good", "bad"], ["good"]]
+    assert torch.equal(thetas[0], torch.ones(2))
+    assert not torch.isfinite(thetas[1]).any()
+    assert sent == [16, 8]
+
+
+def test_rounds_go_on_where_they_stopped(tmp_path: Path) -> None:
+    def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
+        if round == broken:
+            raise KeyboardInterrupt
+        return {site: Local({k: theta + round for k, theta in thetas.items()}, 1) for site in ("north", "south")}
+
+    config, broken = settings(fl_rounds=3), 2
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(config, {"a": torch.zeros(2)}, ask, tmp_path)
+    broken = 1  # which is not asked for again
+    (theta,), (sent,) = run_rounds(config, {"a": torch.zeros(2)}, ask, tmp_path)
+    assert theta.tolist() == [6, 6]
+    assert sent == 3 * 2 * 8

@@ -1,0 +1,161 @@
+"""Federated averaging through the app: an arm beside the others, sites that fail, resume, and what a real site refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from localgrid import LocalGrid
+
+from client.app import app as client_app
+from fedistill.config import Config
+from fedistill.data.partition import partition
+from fedistill.data.sources import load_data
+from fedistill.errors import FedistillError
+from fedistill.evaluation.average import fedavg
+from fedistill.files import read_json
+from fedistill.site.average import name_of
+from server import app as server_app
+from server import collect, stages
+from server.replies import read_local
+
+TINY = Config(
+    partition="iid", sites=3, phantom_images=90, phantom_classes=2, phantom_size=16, width=8, depth=2, method="random",
+    expert_batch=16, ipc=1, eval_nets=1, eval_steps=5, eval_models="mlp", deadline=60.0, fl_rounds=2, fl_steps=2,
+).resolved()  # fmt: skip
+Break = Callable[[str, int, int], float | None]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(collect, "PAUSES", (0.01,))
+    monkeypatch.setattr(stages, "WAIT_SIMULATED", 0.5)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(
+    out: Path,
+    break_with: Break = lambda kind, node, before: None,
+    nodes: list[dict[str, Any]] | None = None,
+    **changes: Any,
+) -> LocalGrid:
+    grid = LocalGrid(client_app, nodes or [{"partition-id": i} for i in range(3)], break_with)
+    config = dataclasses.replace(TINY, out=str(out), **changes)
+    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
+    server_app.main(grid, context)
+    return grid
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(out)
+    return out
+
+
+def test_the_arm_is_beside_the_others_and_the_same_without_flower(finished: Path, tmp_path: Path) -> None:
+    arms = read_json(finished / "seed-0/arms.json")["mlp"]
+    assert set(arms) == {"distilled", "random_real", "local_only", "centralised", "fedavg"}
+    data = load_data(TINY)
+    alone = fedavg(TINY, data, partition(data, TINY), tmp_path)
+    assert {k: v for k, v in arms["fedavg"].items() if k != "seconds"} == {
+        k: v for k, v in alone.items() if k != "seconds"
+    }
+    summary = read_json(finished / "summary.json")
+    assert summary["arms"]["fedavg"]["upload_bytes"] == alone["upload_bytes"] > 0
+    assert summary["arms"]["fedavg"]["images"] is None
+    row = next(line for line in (finished / "results.md").read_text().splitlines() if "Federated averaging" in line)
+    assert " - " in row
+    assert "n/a" not in row
+    page = (finished / "report.html").read_text()
+    assert "Federated averaging" in page
+    assert "averaging, where their parameters are what travels. Results" in page
+    assert "for one network, over 2 rounds." in page
+
+
+def test_finished_rounds_are_not_asked_for_again(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = read_json(out / "seed-0/arms.json")
+    for name in ("arms.json", "federated.json"):
+        (out / "seed-0" / name).unlink()
+    next((out / "seed-0").rglob("average/**/round-2.safetensors")).unlink()
+    grid = run(out)
+    assert [grid.count("train.fedavg", i) for i in range(3)] == [1, 1, 1]
+    after = read_json(out / "seed-0/arms.json")
+    before["mlp"]["fedavg"].pop("seconds"), after["mlp"]["fedavg"].pop("seconds")
+    assert after["mlp"]["fedavg"] == before["mlp"]["fedavg"]
+
+
+def test_a_failing_site_is_left_out_of_its_round(tmp_path: Path) -> None:
+    grid = run(
+        tmp_path / "run", lambda kind, node, before: 2 if (kind, node, before) == ("train.fedavg", 1, 0) else None
+    )
+    assert [grid.count("train.fedavg", i) for i in range(3)] == [2, 2, 2]
+    arms = read_json(tmp_path / "run/seed-0/arms.json")["mlp"]
+    data = load_data(TINY)
+    size = fedavg(TINY, data, partition(data, TINY), tmp_path / "alone")["upload_bytes"] // 6
+    assert arms["fedavg"]["upload_bytes"] == 5 * size
+    with pytest.raises(FedistillError, match=r"1 sites finished and 2 are needed\. site-2, site-3: its client app"):
+        run(tmp_path / "few", lambda kind, node, before: 2 if kind == "train.fedavg" and node else None)
+
+
+def test_private_rounds_are_paid_for_at_every_site_and_the_arm_says_so(tmp_path: Path) -> None:
+    private = {"privacy": "dp", "epsilon": 8.0, "method": "sketch", "iterations": 2, "sketch_networks": 1}
+    changes = private | {"phantom_images": 180, "sketch_frequencies": 16, "class_weights": False}
+    grid = run(tmp_path / "run", **changes)
+    assert grid.count("train.fedavg") == 6
+    assert set(read_json(tmp_path / "run/seed-0/arms.json")["mlp"]) >= {"dp-fedavg", "distilled"}
+    assert "Private federated averaging" in (tmp_path / "run/results.md").read_text()
+    assert len(list((tmp_path / "run/work").rglob("average-*/plan.json"))) == 3
+
+
+def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
+    node = {"site": "north", "data": "phantom", "work-dir": str(tmp_path / "disk")}
+    content = collect.with_arrays(collect.job(TINY, round=1, run="x"), "models", {name_of("mlp", 0.1, 0): np.zeros(3)})
+    grid, said = LocalGrid(client_app, [node]), []
+    failures = collect.converse(
+        grid,
+        "train.fedavg",
+        {100: content},
+        lambda _, reply: said.append(read_local(reply, {})),
+        lambda *_: None,
+        deadline=30,
+    )
+    assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
+    assert said == []
+
+
+def test_averaging_needs_a_server_that_can_compare(tmp_path: Path) -> None:
+    node = {"site": "north", "data": "phantom", "work-dir": str(tmp_path / "disk")}
+    with pytest.raises(FedistillError, match="fl_rounds=2 is for comparison"):
+        run(tmp_path / "run", nodes=[node], sites=1, server_data="none", method="dm")
+
+
+@pytest.mark.parametrize(
+    ("records", "arrays"),
+    [
+        ("0", {"a": np.zeros(3, np.float32)}),
+        ("true", {"a": np.zeros(3, np.float32)}),
+        ("5", {"a": np.zeros(3)}),
+        ("5", {"a": np.zeros((1, 3), np.float32)}),
+        ("5", {"b": np.zeros(3, np.float32)}),
+        ("5", {}),
+    ],
+)
+def test_replies_are_read_without_trust(records: str, arrays: dict[str, Any]) -> None:
+    content = RecordDict({"reply": ConfigRecord({"json": records})})
+    content["models"] = ArrayRecord({k: Array(a) for k, a in arrays.items()})
+    with pytest.raises(FedistillError, check=lambda e: e.code == "bad-reply"):
+        read_local(content, {"a": 3})
+    with pytest.raises(FedistillError, check=lambda e: e.code == "bad-reply"):
+        read_local(RecordDict({"reply": ConfigRecord({"json": "5"})}), {"a": 3})
