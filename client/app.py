@@ -175,7 +175,14 @@ def average(msg: Message, site: Site, config: Config) -> RecordDict:
     job = _job(msg)
     thetas = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
     local = train_round(
-        config, site.data, site.name, site.work, round=int(job["round"]), thetas=thetas, run=str(job["run"])
+        config,
+        site.data,
+        site.name,
+        site.work,
+        round=int(job["round"]),
+        thetas=thetas,
+        run=str(job["run"]),
+        cap=site.cap,
     )
     content = _reply(local.records)
     content["models"] = ArrayRecord({name: Array(theta.numpy()) for name, theta in local.thetas.items()})

@@ -19,6 +19,7 @@ from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures
+from fedistill.evaluation.average import average_sites
 from fedistill.evaluation.ensemble import ensemble
 from fedistill.evaluation.fit import Material, Result, of_split, select_and_test
 from fedistill.evaluation.metrics import NAMES, mean_std
@@ -116,6 +117,10 @@ def _figures(cell: Cell, out: Path, sheet: bool) -> Record:
         return facts | {"models": _models(cell.config, data, of_split(data.train, task_of(data)))}
     if cell.arm == "experts":
         return _experts_themselves(cell, data, sites, out)
+    if cell.arm == "fedavg":
+        check_settings(cell.config, task_of(data))
+        result, sent = average_sites(cell.config, data, sites, out / "work" / "fedavg" / cell.key)
+        return {"images": 0, "upload_bytes": sent, "models": {architectures(cell.config)[0]: _scores(result)}}
     made, ends = [], []
     for site in sites:
         slices: list[Progress] = []

@@ -60,7 +60,7 @@ SHARED = _of_scope("data", "experts", "distill", "eval") | {"preset", "slice_sec
 SHARED -= {"data", "method", "ipc", "rounds", "server_data"}
 OF_DATA = SHARED - {"seed", "preset", "slice_seconds", "workers", "device"} | {"data"}
 # Not the protocol: it is the same for every method.
-OF_METHOD = _of_scope("experts", "distill") - {"ipc", "rounds"}
+OF_METHOD = _of_scope("experts", "distill") - {"ipc", "rounds"} | {"fl_rounds", "fl_steps", "fl_lr"}
 
 
 def load_suite(name: str) -> Suite:

@@ -20,7 +20,7 @@ from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import Partition
 from fedistill.evaluation.arms import architectures, figures_of
-from fedistill.evaluation.fit import choose_and_test
+from fedistill.evaluation.fit import Result, choose_and_test
 from fedistill.experts.train import Task
 from fedistill.files import read_tensors, write_tensors
 from fedistill.seeding import generator
@@ -50,12 +50,17 @@ def rates_of(config: Config) -> tuple[float, ...]:
 
 
 def fedavg(config: Config, data: Dataset, parts: Partition, folder: Path) -> dict[str, Any]:
-    """Figures of the arm with the first of `config.eval_models`: the sites of `parts` take turns in this process.
+    """Figures of the arm with the first of `config.eval_models`; otherwise as `average_sites`."""
+    result, upload = average_sites(config, data, [parts.at(data, place) for place in range(len(parts))], folder)
+    return _figures(result, upload)
+
+
+def average_sites(config: Config, data: Dataset, sites: Sequence[Dataset], folder: Path) -> tuple[Result, int]:
+    """The arm with the first of `config.eval_models`, and the bytes that `sites` sent: they take turns in this process.
 
     folder: of this configuration and partition; it has the sites' ledgers, and what goes on after a stop. Raises
     `FedistillError` as `site.average.train_round` does.
     """
-    sites = [parts.at(data, place) for place in range(len(parts))]
 
     def ask(round: int, thetas: dict[str, Tensor]) -> dict[str, Local]:
         return {
@@ -63,13 +68,18 @@ def fedavg(config: Config, data: Dataset, parts: Partition, folder: Path) -> dic
             for site in sites
         }
 
-    return evaluate_average(config, data, architectures(config)[0], ask, folder / "rounds")
+    return averaged(config, data, architectures(config)[0], ask, folder / "rounds")
 
 
 def evaluate_average(config: Config, data: Dataset, model: str, ask: Ask, folder: Path) -> dict[str, Any]:
-    """Figures of the arm with one architecture; finished rounds are kept in `folder` and not asked for again.
+    """Figures of the arm, as `arms.evaluate_arms` has them of others."""
+    return _figures(*averaged(config, data, model, ask, folder))
 
-    The networks begin where those of other arms begin. upload_bytes: what the sites sent for one network, over all rounds; what
+
+def averaged(config: Config, data: Dataset, model: str, ask: Ask, folder: Path) -> tuple[Result, int]:
+    """The arm with one architecture, and bytes; finished rounds are kept in `folder` and not asked for again.
+
+    The networks begin where those of other arms begin. The bytes are what the sites sent for one network, over all rounds; what
     the other learning rates and the repetitions took is not in it, as it is in no other arm's.
     """
     task, sent = task_of(data), []
@@ -82,8 +92,7 @@ def evaluate_average(config: Config, data: Dataset, model: str, ask: Ask, folder
     nets = 1 if config.privacy == "dp" else config.eval_nets
     rates = rates_of(config)
     result = choose_and_test(config, task, model, train, data.val, data.test, rates=rates, nets=nets)
-    upload = sent[0][rates.index(result.learning_rate)]
-    return figures_of([result]) | {"images": None, "upload_bytes": upload}
+    return result, sent[0][rates.index(result.learning_rate)]
 
 
 def run_rounds(config: Config, start: Mapping[str, Tensor], ask: Ask, folder: Path) -> tuple[list[Tensor], list[int]]:
@@ -115,6 +124,10 @@ def mean_of(answers: Sequence[Local]) -> dict[str, Tensor]:
         name: sum((answer.records / total * answer.thetas[name] for answer in answers), torch.zeros(()))
         for name in answers[0].thetas
     }
+
+
+def _figures(result: Result, upload: int) -> dict[str, Any]:
+    return figures_of([result]) | {"images": None, "upload_bytes": upload}
 
 
 def _initial(config: Config, task: Task, model: str, todo: Sequence[tuple[float, int]]) -> dict[str, Tensor]:
