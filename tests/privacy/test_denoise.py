@@ -45,6 +45,22 @@ def test_the_noise_that_is_left_is_known_exactly(experts: int) -> None:
         assert float(measured[k - 1]) == pytest.approx(wanted, rel=0.2)
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+def test_shrink_takes_away_exactly_that_noise(experts: int) -> None:
+    """Read off the factor of every layer and checkpoint."""
+    paths = walks(experts, NOISE * EVERY**0.5 * torch.randn(P))
+    (average,), (shrunk,) = denoised(paths, "average"), denoised(paths)
+    for k in range(1, T + 1):
+        inside = range(k // 2, k + 1)
+        wanted = sum(min(a, b) for a in inside for b in inside) / len(inside) ** 2 * EVERY * NOISE**2 / experts
+        for before, after in zip(
+            (average[k] - average[0]).split(SIZES), (shrunk[k] - shrunk[0]).split(SIZES), strict=True
+        ):
+            factor = float(after.double().norm() / before.double().norm())
+            square = float(before.double().square().sum())
+            assert (1 - factor) * square / len(before) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_the_noise_of_longer_trajectories_is_all_taken_away_and_no_more() -> None:
     """The expected square of what is left of a known signal: a factor that is too large or too small would show."""
     direction = torch.nn.functional.normalize(torch.randn(P), dim=0)
