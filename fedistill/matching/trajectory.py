@@ -23,6 +23,7 @@ from fedistill.seeding import generator
 OVERLAP_LOOKS = 10  # at the overlap, evenly over the iterations, but none in the last fifth: a new image needs time
 RETRAIN_FOR = 0.05  # of the iterations, in which the untouched images move ten times slower than the new ones
 CLIP = 5.0  # an image's gradient is at most this many times the running median
+LONGEST = 0.5  # step of the student
 OVERSHOOT = 1.1  # the largest first loss, averaged over three segments
 
 
@@ -73,7 +74,8 @@ def calibrate(matching: Matching, state: State) -> None:
     Each architecture of the pool has its own, found on its own experts.
     """
     config = matching.config
-    alpha = config.segment * config.checkpoint_every * config.expert_lr / config.syn_steps
+    rate = config.dp_lr if config.privacy == "dp" else config.expert_lr
+    alpha = min(config.segment * config.checkpoint_every * rate / config.syn_steps, LONGEST)
     state.log_step.fill_(math.log(alpha))
     for place in range(min(len(matching.nets), len(matching.trajectories))):
         mine = range(place, len(matching.trajectories), len(matching.nets))
@@ -194,7 +196,7 @@ def _update(matching: Matching, state: State, plan: Plan, outcome: Outcome) -> N
 def update_step_size(config: Config, state: State, place: int, grads: Gradients) -> None:
     """A step on the logarithm of the student's step size, for the architecture at `place` of the pool."""
     d_log_step = (state.step_size[place] * grads.step_size).clamp(-10, 10)
-    state.log_step[place] = (state.log_step[place] - config.step_lr * d_log_step).clamp(math.log(1e-4), math.log(0.5))
+    state.log_step[place] = (state.log_step[place] - config.step_lr * d_log_step).clamp(math.log(1e-4), math.log(LONGEST))
 
 
 def _clip(state: State, d_images: Tensor) -> Tensor:
