@@ -196,7 +196,9 @@ def _update(matching: Matching, state: State, plan: Plan, outcome: Outcome) -> N
 def update_step_size(config: Config, state: State, place: int, grads: Gradients) -> None:
     """A step on the logarithm of the student's step size, for the architecture at `place` of the pool."""
     d_log_step = (state.step_size[place] * grads.step_size).clamp(-10, 10)
-    state.log_step[place] = (state.log_step[place] - config.step_lr * d_log_step).clamp(math.log(1e-4), math.log(LONGEST))
+    state.log_step[place] = (state.log_step[place] - config.step_lr * d_log_step).clamp(
+        math.log(1e-4), math.log(LONGEST)
+    )
 
 
 def _clip(state: State, d_images: Tensor) -> Tensor:

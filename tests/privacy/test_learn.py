@@ -234,7 +234,7 @@ def test_what_is_on_disk_is_noisy(kind: str, tmp_path: Path) -> None:
     counts = torch.nn.functional.normalize(targets, dim=1).sum(0)
     files = {p.name for p in folder.iterdir()}
     assert files == {
-        "plan-sketch.json", "plan-experts.json", "private.lock", "private-sketch.safetensors", "private-counts.safetensors",
+        "plan-sketch.json", "plan-experts.json", ".lock", "private-sketch.safetensors", "private-counts.safetensors",
         "expert-000.safetensors",
     }  # fmt: skip
     for file in folder.glob("*.safetensors"):

@@ -23,7 +23,7 @@ from fedistill.seeding import generator
 from fedistill.site import average
 from fedistill.site.average import Local, name_of, train_round
 from fedistill.site.describe import task_of
-from fedistill.site.job import ledger_file, site_folder
+from fedistill.site.job import ledger_file
 
 NAME = name_of("mlp", 0.1, 0)
 
@@ -47,7 +47,7 @@ def one(config: Config, data: Dataset, work: Path, round: int = 1, name: str = N
 
 
 def entries(work: Path) -> list[Any]:
-    path = ledger_file(site_folder(work, "north"))
+    path = ledger_file(work, "north")
     return Ledger(path).entries() if path.exists() else []
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedistill import cli
+from fedistill.commands import shared
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.sources import load_data
@@ -219,7 +220,7 @@ def test_too_few_shadows(config, data, tmp_path) -> None:
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
     settings = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={value}")]
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(shared.screen, "_width", 250)  # a terminal that wraps nothing
     monkeypatch.setattr(sys, "argv", ["fedistill", "audit", *settings, "--canaries", "40", "--shadows", "4", *more])
     with pytest.raises(SystemExit) as ended:
         cli.main()
