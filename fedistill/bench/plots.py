@@ -46,7 +46,7 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
             drawn = [
                 (_mean_cost(rows, data, ipc, method, cost), mean_std(list(f.values.values())))
                 for ipc, f in points
-                if f.values
+                if f.values and figures(rows, data, ipc, method, cost).values  # an arm that is no set has no images
             ]
             if not drawn:
                 continue
@@ -69,7 +69,8 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
             panel.axhspan(whole["mean"] - spread, whole["mean"] + spread, color="0.35", alpha=0.12, linewidth=0)
         panel.set(title=data, xlabel=COSTS[cost], xscale="log")
         there = [ipc for d, ipc in places_of(rows) if d == data and ipc]
-        budgets = [next(c for m in methods if (c := _mean_cost(rows, data, ipc, m, cost))) for ipc in there]
+        costs = ([c for m in methods if (c := _mean_cost(rows, data, ipc, m, cost))] for ipc in there)
+        budgets = [found[0] for found in costs if found]
         panel.set_xticks(budgets, [f"{b:,.0f}" for b in budgets], minor=False)
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.25)
