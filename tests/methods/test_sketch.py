@@ -139,14 +139,15 @@ def prepared(config: Config, task: Task, sums: Tensor, targets: Tensor) -> Match
 
 
 def loss_at(matching: Matching, state: State, images: Tensor) -> tuple[float, Tensor]:
-    """What one `step` would see at `images`, and the gradient that it would follow."""
+    """What one `step` would see at `images`, and the gradient that it would smooth and follow."""
     caught: list[Tensor] = []
     at = replace(state, images=images.clone(), rng=torch.Generator().manual_seed(4), losses=[])
-    before, sketch.adam = sketch.adam, lambda m, s, gradient: caught.append(gradient)
+    before = sketch.adam, sketch.smooth
+    sketch.adam, sketch.smooth = (lambda m, s, gradient: caught.append(gradient)), (lambda gradient: gradient)
     try:
         sketch.step(matching, at)
     finally:
-        sketch.adam = before
+        sketch.adam, sketch.smooth = before
     return at.losses[-1], caught[0]
 
 
@@ -229,3 +230,11 @@ def test_the_set_teaches_what_noise_does_not() -> None:
     noise = auc(state.images)
     distil(matching, state, until=float("inf"))
     assert auc(state.images) > max(noise + 0.1, 0.85)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 1, 16, 16, 16)])
+def test_smoothing_keeps_what_is_even_and_removes_what_is_not(shape: tuple[int, ...]) -> None:
+    assert torch.allclose(sketch.smooth(torch.full(shape, 3.0)), torch.full(shape, 3.0), atol=1e-5)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert sketch.smooth(noise).shape == shape
+    assert sketch.smooth(noise).std() < 0.3 * noise.std()
