@@ -74,7 +74,7 @@ class Config:
 
     sketch_networks: int = _key(8, "public random networks whose features a sketch is made of", scope="experts", low=1)
     sketch_frequencies: int = _key(256, "frequencies per network of a sketch", scope="experts", low=1)
-    sketch_scale: float = _key(0.5, "deviation of the frequencies of a sketch", scope="experts", low=1e-3)
+    sketch_scale: float = _key(0.5, "deviation of the frequencies of a sketch", scope="experts", low=1e-3, high=100.0)
     sketch_augmentations: int = _key(4, "versions of each real image that a sketch averages", scope="experts", low=1)
 
     privacy: str = _key(
@@ -93,7 +93,9 @@ class Config:
     sample_rate: float = _key(
         0.2, "chance of a record to be in a step of a private expert", scope="experts", low=1e-4, high=1.0
     )
-    clip_norm: float = _key(1.0, "largest gradient of one record in a private expert", scope="experts", low=1e-6)
+    clip_norm: float = _key(
+        1.0, "largest gradient of one record in a private expert", scope="experts", low=1e-6, high=1e6
+    )
     dp_lr: float = _key(0.5, "learning rate of private experts", scope="experts", low=0.0)
     denoise: str = _key(
         "shrink",

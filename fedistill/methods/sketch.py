@@ -96,6 +96,7 @@ def sketch(config: Config, task: Task, images: Tensor, targets: Tensor, records:
         x = normalise(images[chunk], task.modality).to(device)
         shares = [torch.cat([public.of(r, augment(x, op)) for r in range(public.networks)], 1) for op in shown]
         z = torch.stack(shares).mean(0).cpu().double() / math.sqrt(public.networks)
+        z = z.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # no noise hides a NaN, and one image's would be in every sum
         z /= z.norm(dim=1, keepdim=True).clamp_min(1.0)  # rounding must not make it longer than 1
         total += member[chunk].T @ torch.cat([z, torch.full((len(z), 1), COUNT_WEIGHT, dtype=torch.float64)], 1)
     return total

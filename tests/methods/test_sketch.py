@@ -94,6 +94,30 @@ def test_a_patient_with_many_images_counts_as_one(kind: str) -> None:
     assert torch.allclose(same, sketched(config, task, images[:1], targets[:1]), atol=1e-6)
 
 
+def test_what_overflows_for_one_image_stays_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN would be in the sums of every class, and no noise hides it."""
+    config, (task, images, targets) = settings(), random()
+    public, x = embedding_of(config, task), normalise(images, "generic")
+    phases = torch.cat([
+        (public.net.features(t, x) - c) / s @ f
+        for t, c, s, f in zip(public.thetas, public.centres, public.spreads, public.frequencies, strict=True)
+    ], 1)  # fmt: skip
+    largest = phases.abs().amax(1)
+    wild = replace(public, frequencies=public.frequencies * (torch.finfo(torch.float32).max / largest.median()))
+    assert 0 < (wild.of(0, x).isnan().any(1) | wild.of(1, x).isnan().any(1) | wild.of(2, x).isnan().any(1)).sum() < N
+    monkeypatch.setattr(sketch, "embedding_of", lambda *_: wild)
+    whole = sketched(config, task, images, targets)
+    assert whole.isfinite().all()
+    for i in range(0, N, 7):
+        rest = torch.arange(N) != i
+        assert (whole - sketched(config, task, images[rest], targets[rest])).norm() <= NORM * (1 + 1e-7)
+
+
+def test_frequencies_have_a_limit() -> None:
+    with pytest.raises(FedistillError, match=r"sketch_scale=1e\+38 is too large"):
+        settings(sketch_scale=1e38)
+
+
 def test_sums_of_many_images_round_to_less_than_one_of_them() -> None:
     """Rounding of large sums in float32 would add to the sensitivity."""
     config, (task, images, targets) = settings(sketch_augmentations=1), random()
