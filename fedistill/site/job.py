@@ -331,7 +331,8 @@ class _Folders:
 
     @property
     def facts(self) -> Path:
-        return self.experts / f"facts-{'sketch' if self.sketched else self.checkpoints}.json"
+        """Written when everything that the method is made of is there: a sketch, experts of so many checkpoints, or both."""
+        return self.experts / f"facts-{'sketch-' if self.sketched else ''}{self.checkpoints}.json"
 
     @property
     def sketch(self) -> Path:

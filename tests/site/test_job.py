@@ -50,6 +50,15 @@ def same(a: SyntheticSet, b: SyntheticSet) -> bool:
     return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.step_size == b.step_size
 
 
+def test_a_sketch_with_soft_labels_has_its_experts_after_one_without(tiny: Dataset, tmp_path: Path) -> None:
+    """Both share a folder: that there is a sketch does not say that there are experts."""
+    hard, _ = finish(settings(method="sketch"), tiny, tmp_path)
+    soft, _ = finish(settings(method="sketch", labels="soft"), tiny, tmp_path)
+    alone, _ = finish(settings(method="sketch", labels="soft"), tiny, tmp_path / "alone")
+    assert same(soft, alone)
+    assert not torch.equal(soft.labels, hard.labels)
+
+
 @pytest.mark.parametrize("method", list(METHODS))
 def test_slices_give_the_same_bits_as_one_go(method: str, tiny: Dataset, tmp_path: Path) -> None:
     config = settings(method=method)
