@@ -134,7 +134,8 @@ def describe_site(msg: Message, site: Site, config: Config) -> RecordDict:
         return _reply(describe(site.data, site.name))
     records = records_of(site.data.train, config.unit)
     delta_of(config, records)  # an impossible one is refused before any work
-    return _reply(describe_privately(site.data, site.name, site_folder(site.work, site.name), records))
+    folder = site_folder(site.work, site.name)
+    return _reply(describe_privately(site.data, site.name, folder, records, config.unit))
 
 
 @app.train("distill")

@@ -105,7 +105,7 @@ def _finished(out: Path, config: Config, sites: list[Dataset]) -> bool:
 
     summary, work = read_json(out / "summary.json"), Path(config.work or out / "work")
     if config.privacy == "dp":
-        words = [keyed_fingerprint(site, site_folder(work, site.name)) for site in sites]
+        words = [keyed_fingerprint(site, site_folder(work, site.name), config.unit) for site in sites]
     else:
         words = [site.fingerprint for site in sites]
     if summary["data"]["fingerprint"] != combined(words):

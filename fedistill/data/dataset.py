@@ -92,6 +92,16 @@ class Dataset:
                 digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def fingerprint_by(self, unit: str) -> str:
+        """`fingerprint`, and for unit "patient" a hash that also knows whose image each one is: what was done for other
+        patients is not what these are promised."""
+        if unit != "patient":
+            return self.fingerprint
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for split in self.splits.values():
+            digest.update(b"" if split.patient is None else split.patient.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def at(self, index: dict[str, Tensor], name: str) -> Dataset:
         """What one site holds: `index` maps train, val and test to positions in this data set."""
         train, val, test = (split.take(index[key]) for key, split in self.splits.items())

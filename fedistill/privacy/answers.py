@@ -94,7 +94,8 @@ def _architecture(name: str) -> str:
 
 def _key(config: Config, data: Dataset, models: Mapping[str, Tensor], split: str) -> str:
     """One word for one question."""
-    about = (data.fingerprint, split, config.unit, config.eval_epsilon, config.width, config.depth, sorted(models))
+    data_word = data.fingerprint_by(config.unit)
+    about = (data_word, split, config.unit, config.eval_epsilon, config.width, config.depth, sorted(models))
     digest = hashlib.sha256(repr(about).encode())
     for name in sorted(models):
         digest.update(models[name].detach().cpu().contiguous().numpy().tobytes())

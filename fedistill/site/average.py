@@ -102,7 +102,7 @@ def _private_round(
     ((name, theta),) = thetas.items()
     model, rate = _read(name)
     asked = hashlib.sha256(name.encode() + theta.cpu().numpy().tobytes()).hexdigest()
-    key = f"{data.fingerprint}-{config.key('data', 'experts', 'eval')}-{quote(run, safe='')}"
+    key = f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts', 'eval')}-{quote(run, safe='')}"
     folder = site_folder(work, site) / f"average-{key}"
     file = folder / f"round-{round}.safetensors"
     with alone(folder, wait=True):

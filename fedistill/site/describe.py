@@ -34,15 +34,16 @@ def describe(data: Dataset, site: str) -> dict[str, Any]:
     }
 
 
-def describe_privately(data: Dataset, site: str, folder: Path, records: int) -> dict[str, Any]:
+def describe_privately(data: Dataset, site: str, folder: Path, records: int, unit: str = "image") -> dict[str, Any]:
     """As `describe`, but of the images only what is declared public: how many records there are.
 
     folder: of the site's work, where the secret lies under which its data have a fingerprint.
     """
-    return describe(data, site) | {"train": records, "counts": None, "fingerprint": keyed_fingerprint(data, folder)}
+    word = keyed_fingerprint(data, folder, unit)
+    return describe(data, site) | {"train": records, "counts": None, "fingerprint": word}
 
 
-def keyed_fingerprint(data: Dataset, folder: Path) -> str:
+def keyed_fingerprint(data: Dataset, folder: Path, unit: str = "image") -> str:
     """A word that changes with the data, and with which nobody can confirm a guess of them: HMAC under the site's secret."""
     secret = write_once(folder / "secret", secrets.token_bytes(32))
-    return hmac.new(secret, data.fingerprint.encode(), hashlib.sha256).hexdigest()[:32]
+    return hmac.new(secret, data.fingerprint_by(unit).encode(), hashlib.sha256).hexdigest()[:32]

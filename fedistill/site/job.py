@@ -321,7 +321,7 @@ class _Folders:
 
     @staticmethod
     def of(config: Config, data: Dataset, site: str, work: Path, run: str) -> _Folders:
-        experts = site_folder(work, site) / f"{data.fingerprint}-{config.key('data', 'experts')}"
+        experts = site_folder(work, site) / f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts')}"
         method = method_of(config)
         checkpoints = horizon(config, method) if method.experts else 0
         if checkpoints and config.privacy == "dp":  # all of a private expert is paid for, so all of it is used

@@ -6,6 +6,7 @@ import copy
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ from fedistill.privacy.accounting import Mechanism, epsilon_of
 from fedistill.privacy.learn import learn, private_counts, private_sketch, private_trajectories, read_plan, weights_of
 from fedistill.privacy.ledger import Cap, Ledger
 from fedistill.privacy.noise import noisy
-from fedistill.site.describe import task_of
+from fedistill.site.describe import keyed_fingerprint, task_of
+from fedistill.site.folder import ledger_file
 from fedistill.site.job import advance, released_set
 from fedistill.synthetic.set import SyntheticSet
 
@@ -140,6 +142,24 @@ def test_the_ledger_is_written_before_a_record_is_read(monkeypatch: pytest.Monke
         (entry,) = Ledger(folder / "ledger.db", create=False).entries()
         assert entry.mechanisms == read_plan(config, folder / "experts").mechanisms
         assert entry.data == "here"
+
+
+def test_other_patients_are_other_work(tmp_path: Path) -> None:
+    """A corrected column of patients: what was made for the wrong ones protects them, and not the right ones."""
+    config = settings(unit="patient", method="sketch", iterations=2)
+    data = labelled(90, patients=30)
+    assert data.train.patient is not None
+    right = replace(data, train=replace(data.train, patient=data.train.patient // 2))
+    assert right.fingerprint == data.fingerprint
+    sets = []
+    for one in (data, right, right):
+        while not advance(config, one, "here", tmp_path, seconds=1e9).done:
+            pass
+        sets.append(released_set(config, one, "here", tmp_path))
+    assert not torch.equal(sets[0].images, sets[1].images)
+    assert torch.equal(sets[1].images, sets[2].images)
+    assert len(Ledger(ledger_file(tmp_path, "here")).entries()) == 2
+    assert keyed_fingerprint(data, tmp_path, "patient") != keyed_fingerprint(right, tmp_path, "patient")
 
 
 def test_patients_are_counted_before_and_nothing_else_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
