@@ -11,7 +11,7 @@ import dataclasses
 import json
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,9 +170,13 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
 @app.train("fedavg")
 @answers
 def average(msg: Message, site: Site, config: Config) -> RecordDict:
-    """A round of federated averaging. Parameters that were trained without privacy can show images: no real site sends them."""
+    """A round of federated averaging, the comparison in simulations: a real site sends parameters of no network."""
     if not site.simulated and config.privacy != "dp":
         raise FedistillError("bare-parameters", "privacy=none would send parameters as they are: no site does that.")
+    if not site.simulated:
+        raise FedistillError(
+            "only-simulated", "Federated averaging is a comparison in simulations: no real site takes part."
+        )
     job = _job(msg)
     thetas = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
     local = train_round(
@@ -233,8 +237,10 @@ def _error(code: str, sentence: str) -> RecordDict:
 
 
 def _keep(text: str, folder: Path | None) -> None:
-    """Append to the site's own error log; without a folder the text goes nowhere, since it may quote private data."""
-    if folder is not None:
+    """Append to the site's own error log; where there is none the text goes nowhere, since it may quote private data."""
+    if folder is None:
+        return
+    with suppress(OSError):  # it would leave the site as an exception's text
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "errors.log", "a") as file:
+        with open(folder / "errors.log", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")

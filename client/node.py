@@ -1,6 +1,6 @@
 """What a site's own configuration says (`flower-supernode --node-config`), which no server can change.
 
-site, data, work-dir                what the site is called, where its images are, and where it works
+site, data, work-dir                what the site is called, where its images are, and where it works (an absolute path)
 lifetime-epsilon, lifetime-delta    the most that may ever be spent on its records, over all jobs
 max-epsilon                         the most that one job may ask for
 require-privacy = "dp"              jobs without differential privacy are refused; so do they where anything above is set
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedistill.config import Config
@@ -45,6 +46,11 @@ def rules_of(node: Mapping[str, Any]) -> Rules:
     """Raises `FedistillError` ("node-config") on keys that are missing, or that mean nothing."""
     if missing := [k for k in NEEDED if not node.get(k)]:
         raise FedistillError("node-config", f"The SuperNode's --node-config lacks {', '.join(missing)}.")
+    if not Path(str(node["work-dir"])).is_absolute():  # from another folder it would be an empty one, with a new ledger
+        raise FedistillError(
+            "node-config",
+            f"In --node-config work-dir={node['work-dir']} must be an absolute path: the ledger lies there.",
+        )
     for key in node:  # a limit with a slip in its name would be no limit
         if key not in KEYS:
             raise FedistillError("node-config", f"In --node-config: {unknown('key', str(key), KEYS).sentence}")

@@ -21,6 +21,7 @@ from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.average import fedavg
 from fedistill.files import read_json
+from fedistill.report.tables import guarantee
 from fedistill.site.average import name_of
 from server import app as server_app
 from server import collect, stages
@@ -116,6 +117,7 @@ def test_private_rounds_are_paid_for_at_every_site_and_the_arm_says_so(tmp_path:
     assert grid.count("train.fedavg") == 6
     assert set(read_json(tmp_path / "run/seed-0/arms.json")["mlp"]) >= {"dp-fedavg", "distilled"}
     assert "Private federated averaging" in (tmp_path / "run/results.md").read_text()
+    assert "cost the same epsilon once more" in guarantee(read_json(tmp_path / "run/summary.json"))
     assert len(list((tmp_path / "run/work").rglob("average-*/plan.json"))) == 3
 
 
@@ -133,6 +135,27 @@ def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
     )
     assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
     assert said == []
+
+
+def test_a_real_site_takes_no_part_in_private_averaging(tmp_path: Path) -> None:
+    """It would pay a whole epsilon for every word that a server calls the run by."""
+    node, said = {"site": "north", "data": "phantom", "work-dir": str(tmp_path / "disk")}, []
+    config = dataclasses.replace(TINY, privacy="dp", epsilon=8.0, method="sketch")
+    content = collect.with_arrays(
+        collect.job(config, round=1, run="x"), "models", {name_of("mlp", 0.1, 0): np.zeros(3, np.float32)}
+    )
+    grid = LocalGrid(client_app, [node])
+    failures = collect.converse(
+        grid,
+        "train.fedavg",
+        {100: content},
+        lambda _, reply: said.append(read_local(reply, {})),
+        lambda *_: None,
+        deadline=30,
+    )
+    assert "no real site takes part" in failures[100].reason
+    assert said == []
+    assert not (tmp_path / "disk").exists()
 
 
 def test_averaging_needs_a_server_that_can_compare(tmp_path: Path) -> None:

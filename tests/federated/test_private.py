@@ -278,6 +278,7 @@ def test_a_site_refuses_what_it_does_not_allow_before_it_says_anything(
         ({"max_epsilon": True}, "is no number above 0"),
         ({"max_epsilons": 3}, "did you mean 'max-epsilon'"),
         ({"require_privacy": "yes"}, 'can only be "dp"'),
+        ({"work_dir": "work"}, "work-dir=work must be an absolute path"),
     ],
 )
 def test_a_limit_that_means_nothing_is_an_error(rules: dict[str, Any], why: str, tmp_path: Path) -> None:
@@ -315,6 +316,16 @@ def test_what_is_wrong_with_private_data_is_private(tmp_path: Path) -> None:
     nodes = deployed(tmp_path)
     (tmp_path / "m.csv").write_text("path,label\nMueller_Anna_1957.png,a\n")
     nodes[0]["data"] = str(tmp_path / "m.csv")
+    grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), nodes)
+    assert grid.errors("query.describe") == [
+        ("bad-data", "The data of site 'north' cannot be used: errors.log there says why.")
+    ]
+
+
+def test_a_log_that_cannot_be_written_sends_nothing_either(tmp_path: Path) -> None:
+    nodes = deployed(tmp_path)
+    nodes[0]["data"] = str(tmp_path / "nowhere.csv")
+    (tmp_path / "north").write_text("a file where the folder should be")
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), nodes)
     assert grid.errors("query.describe") == [
         ("bad-data", "The data of site 'north' cannot be used: errors.log there says why.")
