@@ -142,6 +142,14 @@ def size(arrays: Mapping[str, NDArray[Any]], text: str) -> int:
     return sum(a.nbytes for a in arrays.values()) + len(text.encode())
 
 
+def strict_json(text: str) -> Any:
+    """JSON from outside, with finite numbers only. Raises `ValueError` on anything else."""
+    try:
+        return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def _extremes(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Lowest and highest value of each image, without signed zeros; equal where the image is flat but for rounding."""
     axes = tuple(range(1, images.ndim))
@@ -191,7 +199,7 @@ def _meta(text: str) -> dict[str, Any]:
     if not isinstance(text, str) or len(text) > MAX_TEXT:
         _refuse("its description is missing or too long")
     try:
-        meta = json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        meta = strict_json(text)
         text.encode()
         json.dumps(meta, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # a lone surrogate is a ValueError too

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from fedistill.errors import FedistillError
 from fedistill.release.claim import Claim, upwards
-from fedistill.release.text import strict_json
+from fedistill.wire import strict_json
 
 LARGEST = 2**20  # bytes of an audit file
 MOST_ATTACKS = 100

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
-from typing import Any, NoReturn
 
 from fedistill.errors import FedistillError
 
 # The brackets keep this line from finding itself. Whether data still are somebody's is for a lawyer to say, not for a tool.
 CONCLUSIONS = re.compile(r"\w*an[o]nym\w*|\w*complian[t]\w*", re.IGNORECASE)
 _MARKS = re.compile(r"([\\`*_{}\[\]<>#+!|~$&])")
-
-
-def strict_json(text: str) -> Any:
-    """JSON with finite numbers only. Raises `ValueError` on anything else."""
-    try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def plain(text: str) -> str:
@@ -48,14 +38,3 @@ def check_words(folder: Path) -> None:
                     "conclusion",
                     f"{path.name} would say '{found[0]}', which is a legal conclusion: describe what was done to the data instead.",
                 )
-
-
-def _finite(literal: str) -> float:
-    number = float(literal)
-    if not math.isfinite(number):
-        raise ValueError(literal)
-    return number
-
-
-def _refuse(literal: str) -> NoReturn:
-    raise ValueError(literal)

@@ -18,9 +18,10 @@ from fedistill.release.audit import check_audit, checked_audit
 from fedistill.release.claim import NOTHING, Claim, SiteClaim, check_conditions, read_claim
 from fedistill.release.document import NAME, claimed
 from fedistill.release.seal import SUMS, broken_files, check_signature, sha256
-from fedistill.release.text import escaped, strict_json
+from fedistill.release.text import escaped
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set
+from fedistill.wire import strict_json
 
 SLACK = 1e-3  # of an epsilon: accountants of different versions differ by less
 HEADER = 1024  # bytes at most in front of an array in a .npz file
