@@ -72,6 +72,11 @@ def auto_delta(records: int) -> float:
     return 10.0 ** -(math.floor(math.log10(max(records, 1))) + 1)
 
 
+def upwards(epsilon: float) -> str:
+    """Epsilon with two decimals, never less than it is."""
+    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
+
+
 def epsilon_of(mechanisms: Sequence[Mechanism], delta: float) -> Accounted:
     """Epsilon of the composition of `mechanisms` at `delta`, for records that are added, removed or zeroed out.
 

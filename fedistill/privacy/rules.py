@@ -12,6 +12,7 @@ from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.experts.train import architectures_of
 from fedistill.methods.registry import method_of
+from fedistill.privacy.accounting import upwards
 from fedistill.privacy.plan import Plan
 
 
@@ -64,7 +65,7 @@ def statement_of(config: Config, plan: Plan) -> dict[str, Any]:
     """The privacy part of a set's manifest. Never a seed of noise or sampling: nobody has one."""
     person = "image" if plan.unit == "image" else "patient"
     text = (
-        f"({plan.first.epsilon:.2f}, {plan.first.delta:g})-differential privacy for every {person} of this site's training "
+        f"({upwards(plan.first.epsilon)}, {plan.first.delta:g})-differential privacy for every {person} of this site's training "
         f"images, under the declared conditions. The number of {person}s is treated as public."
     )
     if plan.unit == "image":

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedistill.errors import FedistillError
-from fedistill.release.claim import Claim, upwards
+from fedistill.privacy.accounting import upwards
+from fedistill.release.claim import Claim
 from fedistill.wire import strict_json
 
 LARGEST = 2**20  # bytes of an audit file

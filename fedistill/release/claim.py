@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fedistill.config import Config
 from fedistill.errors import FedistillError
-from fedistill.privacy.accounting import Mechanism
+from fedistill.privacy.accounting import Mechanism, upwards
 from fedistill.synthetic.set import SyntheticSet
 
 NOTHING = "No formal guarantee"
@@ -190,11 +190,6 @@ def check_promise(made: SyntheticSet, config: Config) -> None:
                 f"The set of site '{site.site}' is refused: it promises {said}, "
                 f"and epsilon={config.epsilon:g} per {config.unit} was asked for.",
             )
-
-
-def upwards(epsilon: float) -> str:
-    """Epsilon with two decimals, never less than it is."""
-    return f"{math.ceil(epsilon * 100 - 1e-9) / 100:.2f}"
 
 
 def certainty(epsilon: float) -> str:

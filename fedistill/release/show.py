@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedistill.privacy.accounting import upwards
 from fedistill.release.audit import audit_sentence
-from fedistill.release.claim import STATUSES, Claim, Condition, SiteClaim, upwards
+from fedistill.release.claim import STATUSES, Claim, Condition, SiteClaim
 from fedistill.release.text import plain
 
 

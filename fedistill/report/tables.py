@@ -9,6 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fedistill.privacy.accounting import upwards
+
 ARM_NAMES = {
     "distilled": "Distilled union",
     "random_real": "Random real images",
@@ -180,8 +182,6 @@ def guarantee(summary: Mapping[str, Any]) -> str:
         return ""
     if epsilon is None or delta is None:
         return f"{plain(str(union.get('statement') or 'No formal guarantee'))}"
-    from fedistill.release.claim import upwards  # with torch, for which the other tables need not wait
-
     unit = plain(str(union.get("unit")))
     words = [
         f"Privacy: ({upwards(epsilon)}, {delta:g})-differential privacy of the merged set for every {unit} among the training "
