@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from fedistill.methods.registry import method_of
 from fedistill.privacy.answers import private_answers
 from fedistill.privacy.ledger import Cap
 from fedistill.privacy.plan import delta_of, records_of
-from fedistill.processes import alone
 from fedistill.site.average import train_round
 from fedistill.site.describe import describe, describe_privately
 from fedistill.site.folder import site_folder
@@ -147,18 +146,17 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
     job = _job(msg)
     number, run = int(job["round"]), str(job["run"])
     context = decode(_arrays(msg, "context"), str(job["context"])) if "context" in msg.content else None
-    with _undisturbed(config, site):
-        progress = advance(
-            config,
-            site.data,
-            site.name,
-            site.work,
-            seconds=float(job["seconds"]),
-            round=number,
-            context=context,
-            run=run,
-            cap=site.cap,
-        )
+    progress = advance(
+        config,
+        site.data,
+        site.name,
+        site.work,
+        seconds=float(job["seconds"]),
+        round=number,
+        context=context,
+        run=run,
+        cap=site.cap,
+    )
     content = _reply(dataclasses.asdict(progress))
     if progress.done:
         arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number, run=run))
@@ -208,16 +206,6 @@ def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
         name: confusion_at(config, site.data, name.partition("@")[0], theta, split).tolist()
         for name, theta in models.items()
     })  # fmt: skip
-
-
-@contextmanager
-def _undisturbed(config: Config, site: Site) -> Iterator[None]:
-    """Private work by one process at a time: a message that came twice must not draw noise twice for one payment."""
-    if config.privacy == "none":
-        yield
-        return
-    with alone(site_folder(site.work, site.name), wait=True):
-        yield
 
 
 def _job(msg: Message) -> Any:

@@ -245,9 +245,12 @@ def draw_like(targets: Tensor, real: Real, rng: torch.Generator) -> Tensor:
 
 
 def horizon(config: Config, method: Method) -> int:
-    """Checkpoints of an expert that are needed after the first: what the schedule can reach, or all where the end counts."""
+    """Checkpoints of an expert that are needed after the first: what the schedule can reach, or all where the end counts.
+
+    All of a private expert, too: its steps are paid for together, and what comes later makes what comes before less noisy.
+    """
     total = config.expert_steps // config.checkpoint_every
-    if method.schedule is None or method.soft_labels:
+    if method.schedule is None or method.soft_labels or config.privacy == "dp":
         return total
     return reach_of(config).end + config.segment
 

@@ -25,9 +25,9 @@ from fedistill.evaluation.metrics import counts_shape
 from fedistill.experts.train import Task
 from fedistill.files import write_once
 from fedistill.privacy.accounting import Mechanism, auto_delta, calibrate
-from fedistill.privacy.dpsgd import records_by_unit
 from fedistill.privacy.ledger import Cap, Ledger
 from fedistill.privacy.noise import noisy
+from fedistill.privacy.plan import records_by_unit
 from fedistill.site.describe import task_of
 from fedistill.site.folder import ledger_file, site_folder
 

@@ -32,7 +32,7 @@ from fedistill.models.loss import targets_of
 from fedistill.models.nets import build
 from fedistill.privacy.accounting import Mechanism
 from fedistill.privacy.noise import secret_generator
-from fedistill.privacy.plan import expert_steps, patients_of
+from fedistill.privacy.plan import expert_steps, records_by_unit
 from fedistill.seeding import generator
 
 CHUNK = 64  # images whose gradients are in memory at the same time
@@ -160,11 +160,6 @@ def per_image_loss(kind: str, logits: Tensor, targets: Tensor, weights: Tensor) 
             logits, targets, pos_weight=weights, reduction="none"
         ).mean(1)
     return -(targets * weights * logits.log_softmax(1)).sum(1)
-
-
-def records_by_unit(train: Split, unit: str) -> Records:
-    """The images, or the patients. Raises `FedistillError` where patients are asked for and the data do not name them."""
-    return Records.of_images(len(train)) if unit == "image" else Records.of_patients(patients_of(train))
 
 
 def sample(records: Records, rate: float, secret: torch.Generator) -> Tensor:

@@ -17,16 +17,16 @@ from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, load_trajectory
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
-from fedistill.matching.problem import membership
+from fedistill.matching.problem import horizon, membership
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
 from fedistill.models.loss import targets_of
 from fedistill.privacy.accounting import Accounted, Mechanism
 from fedistill.privacy.denoise import denoise
-from fedistill.privacy.dpsgd import records_by_unit, train_private_experts
+from fedistill.privacy.dpsgd import train_private_experts
 from fedistill.privacy.ledger import Cap, Ledger
 from fedistill.privacy.noise import noisy
-from fedistill.privacy.plan import Plan, expert_steps, plan_of, records_of
+from fedistill.privacy.plan import Plan, plan_of, records_by_unit, records_of
 from fedistill.processes import alone
 
 HEAVIEST = 10.0  # class weight
@@ -49,10 +49,10 @@ def _learn(
     config: Config, task: Task, train: Split, folder: Path, *, site: str, ledger: Path, cap: Cap | None, until: float
 ) -> tuple[int, int]:
     plan = pay(_plan(config, train, folder), ledger, what=_word(config), site=site, cap=cap)
-    records = records_by_unit(train, plan.unit)
     if method_of(config).sketch:
         file = sketch_file(folder)
         if not file.exists():
+            records = records_by_unit(train, plan.unit)
             sums = sketch.sketch(config, task, train.images, _targets(train, task), records)
             write_tensors(file, {"sums": noisy(sums, plan["sketch"])}, {})
         return 1, 1
@@ -116,7 +116,7 @@ def private_trajectories(config: Config, task: Task, folder: Path) -> list[Tenso
 
     Raises `FedistillError` where nothing but noise can be told from them.
     """
-    plan, last = read_plan(config, folder), expert_steps(config) // config.checkpoint_every
+    plan, last = read_plan(config, folder), horizon(config, method_of(config))
     sgd = plan["dp-sgd"]
     paths = [load_trajectory(folder, e, last) for e in range(config.experts)]
     paths = denoise(

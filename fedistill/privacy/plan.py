@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from fedistill.config import Config
 from fedistill.data.dataset import Split
+from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
@@ -51,18 +50,20 @@ class Plan:
         }
 
 
-def records_of(train: Split, unit: str) -> int:
-    """Images, or patients. Raises `FedistillError` where patients are asked for and the data do not name them."""
-    return len(train) if unit == "image" else len(patients_of(train).unique())
-
-
-def patients_of(train: Split) -> Tensor:
-    """The patient of each image `(n,)`. Raises `FedistillError` where the data do not say."""
-    if train.patient is None:
+def records_by_unit(split: Split, unit: str) -> Records:
+    """The images, or the patients. Raises `FedistillError` where patients are asked for and the data do not name them."""
+    if unit == "image":
+        return Records.of_images(len(split))
+    if split.patient is None:
         raise FedistillError(
             "no-patients", "unit=patient needs to know whose image each one is: give a manifest with a patient column."
         )
-    return train.patient
+    return Records.of_patients(split.patient)
+
+
+def records_of(train: Split, unit: str) -> int:
+    """How many images, or patients. Raises as `records_by_unit` does."""
+    return len(records_by_unit(train, unit))
 
 
 def delta_of(config: Config, records: int) -> float:

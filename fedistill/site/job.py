@@ -40,7 +40,6 @@ from fedistill.models.flat import device_of
 from fedistill.models.loss import targets_of
 from fedistill.privacy.learn import learn, private_counts, private_sketch, private_trajectories, read_plan
 from fedistill.privacy.ledger import Cap
-from fedistill.privacy.plan import expert_steps
 from fedistill.privacy.rules import statement_of
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget
@@ -324,8 +323,6 @@ class _Folders:
         experts = site_folder(work, site) / f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts')}"
         method = method_of(config)
         checkpoints = horizon(config, method) if method.experts else 0
-        if checkpoints and config.privacy == "dp":  # all of a private expert is paid for, so all of it is used
-            checkpoints = expert_steps(config) // config.checkpoint_every
         name = config.key("distill") + (f"-{quote(run, safe='')}" if config.rounds > 1 else "")
         return _Folders(experts, name, checkpoints, method.sketch)
 
