@@ -13,6 +13,7 @@ characteristic-function matching, Wang et al., CVPR 2025.)
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -64,6 +65,7 @@ class Embedding:
         return torch.cat([phase.cos(), phase.sin()], 1) / math.sqrt(phase.shape[1])
 
 
+@functools.lru_cache(maxsize=1)  # every slice of a job wants it again
 def embedding_of(config: Config, task: Task, device: torch.device | None = None) -> Embedding:
     """The embedding of a configuration: the same at every site, and without a look at anybody's images."""
     device = device or device_of(config.device)
