@@ -5,6 +5,7 @@ What it leaves behind in the folder (noisy counts, private experts or a noisy sk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from secrets import token_hex
 
@@ -15,9 +16,9 @@ from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.records import Records
 from fedistill.errors import FedistillError
-from fedistill.experts.train import Task, load_trajectory
+from fedistill.experts.train import Task
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
-from fedistill.matching.problem import horizon, membership
+from fedistill.matching.problem import membership
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
 from fedistill.models.loss import targets_of
@@ -111,28 +112,27 @@ def private_counts(config: Config, folder: Path) -> list[int]:
     return [round(n) if n > noise else 0 for n in counts.tolist()]
 
 
-def private_trajectories(config: Config, task: Task, folder: Path) -> list[Tensor]:
-    """The trajectories `(T+1, P)` that matching sees, after `config.denoise`.
+def denoised(config: Config, task: Task, folder: Path, paths: Sequence[Tensor]) -> list[Tensor]:
+    """The trajectories `(T+1, P)` of the private experts in `folder` as matching sees them: after `config.denoise`.
 
     Raises `FedistillError` where nothing but noise can be told from them.
     """
-    plan, last = read_plan(config, folder), horizon(config, method_of(config))
+    plan = read_plan(config, folder)
     sgd = plan["dp-sgd"]
-    paths = [load_trajectory(folder, e, last) for e in range(config.experts)]
-    paths = denoise(
+    made = denoise(
         paths,
         task.network(config.model, config).sizes,
         how=config.denoise,
         step_noise=config.dp_lr * sgd.noise_multiplier * sgd.clip_norm / (sgd.sample_rate * plan.records),
         every=config.checkpoint_every,
     )
-    if any(torch.equal(path[0], path[-1]) for path in paths):
+    if any(torch.equal(path[0], path[-1]) for path in made):
         raise FedistillError(
             "all-noise",
             f"What private experts learn at epsilon={config.epsilon:g} is smaller than their noise: use method=sketch, a larger "
             "epsilon, or a smaller width.",
         )
-    return paths
+    return made
 
 
 def private_sketch(folder: Path) -> Tensor:

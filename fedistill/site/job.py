@@ -38,7 +38,7 @@ from fedistill.methods import sketch
 from fedistill.methods.registry import Method, method_of
 from fedistill.models.flat import device_of
 from fedistill.models.loss import targets_of
-from fedistill.privacy.learn import learn, private_counts, private_sketch, private_trajectories, read_plan
+from fedistill.privacy.learn import denoised, learn, private_counts, private_sketch, read_plan
 from fedistill.privacy.ledger import Cap
 from fedistill.privacy.rules import statement_of
 from fedistill.site.describe import task_of
@@ -200,23 +200,24 @@ def has_experts(config: Config, data: Dataset, site: str, work: Path) -> bool:
 
 
 def expert_paths(config: Config, data: Dataset, site: str, work: Path) -> tuple[Tensor, ...]:
-    """The trajectories `(T+1, P)` of the experts that `has_experts` says are there, as matching sees them."""
-    return load_bundle(config, task_of(data), _Folders.of(config, data, site, work, "")).trajectories
+    """The trajectories `(T+1, P)` of the experts that `has_experts` says are there, as they were trained."""
+    return _Folders.of(config, data, site, work, "").trajectories(config)
 
 
 def load_bundle(config: Config, task: Task, folders: _Folders) -> Bundle:
     """What the distiller is given: of the site's images only what experts or a sketch, and the facts, left behind."""
-    facts, method, paths, sums = read_json(folders.facts), method_of(config), [], None
-    if config.privacy == "dp" and method.experts:
-        paths = private_trajectories(config, task, folders.experts)
-    elif method.experts:
-        paths = [load_trajectory(folders.experts, e, folders.checkpoints) for e in range(config.experts)]
+    facts, method, sums = read_json(folders.facts), method_of(config), None
+    paths = folders.trajectories(config)
+    if (
+        config.privacy == "dp" and method.schedule is not None
+    ):  # the answers of an expert need no help: only its way does
+        paths = tuple(denoised(config, task, folders.experts, paths))
     if method.sketch:
         private = config.privacy == "dp"
         sums = private_sketch(folders.experts) if private else read_tensors(folders.sketch)[0]["sums"]
     return Bundle(
         task=task,
-        trajectories=tuple(paths),
+        trajectories=paths,
         counts=tuple(facts["counts"]),
         noisy=config.privacy == "dp",
         overlap_limits=tuple(tuple(row) for row in facts["overlap_limits"]),
@@ -325,6 +326,11 @@ class _Folders:
         checkpoints = horizon(config, method) if method.experts else 0
         name = config.key("distill") + (f"-{quote(run, safe='')}" if config.rounds > 1 else "")
         return _Folders(experts, name, checkpoints, method.sketch)
+
+    def trajectories(self, config: Config) -> tuple[Tensor, ...]:
+        """Those of the experts `(T+1, P)`; none where the method has no use for experts."""
+        n = config.experts if self.checkpoints else 0
+        return tuple(load_trajectory(self.experts, e, self.checkpoints) for e in range(n))
 
     @property
     def facts(self) -> Path:

@@ -21,17 +21,19 @@ from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import load_trajectory
 from fedistill.files import read_json, read_tensors
+from fedistill.matching.problem import Bundle
 from fedistill.methods import sketch
 from fedistill.models.loss import targets_of
 from fedistill.privacy import dpsgd
 from fedistill.privacy import learn as module
 from fedistill.privacy.accounting import Mechanism, epsilon_of
-from fedistill.privacy.learn import learn, private_counts, private_sketch, private_trajectories, read_plan, weights_of
+from fedistill.privacy.learn import denoised, learn, private_counts, private_sketch, read_plan, weights_of
 from fedistill.privacy.ledger import Cap, Ledger
 from fedistill.privacy.noise import noisy
+from fedistill.site import job
 from fedistill.site.describe import keyed_fingerprint, task_of
 from fedistill.site.folder import ledger_file
-from fedistill.site.job import advance, released_set
+from fedistill.site.job import advance, load_bundle, released_set
 from fedistill.synthetic.set import SyntheticSet
 
 METHODS = ["sketch", "ptm", "line", "teach"]
@@ -68,6 +70,11 @@ def finish(config: Config, data: Dataset, folder: Path) -> SyntheticSet:
         if advance(config, data, "here", folder, seconds=1e9).done:
             break
     return released_set(config, data, "here", folder)
+
+
+def experts(config: Config, folder: Path) -> list[Tensor]:
+    last = config.expert_steps // config.checkpoint_every
+    return [load_trajectory(folder / "experts", e, last) for e in range(config.experts)]
 
 
 def prepared(config: Config, data: Dataset, folder: Path) -> None:
@@ -304,7 +311,26 @@ def test_experts_that_are_all_noise_say_so(few: Dataset, tmp_path: Path, monkeyp
     work(config, few, tmp_path)
     monkeypatch.setattr(module, "denoise", lambda paths, *a, **k: [paths[0][:1].expand(5, -1)])
     with pytest.raises(FedistillError, match="smaller than their noise: use method=sketch"):
-        private_trajectories(config, task_of(few), tmp_path / "experts")
+        denoised(config, task_of(few), tmp_path / "experts", experts(config, tmp_path))
+
+
+def test_experts_answer_as_they_were_trained(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Denoising is for their way: shrunk towards the start, an expert answers like a network that has learnt nothing."""
+    seen: list[tuple[Tensor, ...]] = []
+
+    def bundle(*args: object) -> Bundle:
+        made = load_bundle(*args)
+        seen.append(made.trajectories)
+        return made
+
+    monkeypatch.setattr(job, "load_bundle", bundle)
+    teach, ptm = settings(method="teach"), settings(method="ptm")
+    finish(teach, few, tmp_path)
+    finish(ptm, few, tmp_path)
+    trained = job.expert_paths(teach, few, "here", tmp_path)
+    for mine, raw, other in zip(seen[0], trained, seen[-1], strict=True):
+        assert torch.equal(mine, raw)
+        assert not torch.equal(other, raw)
 
 
 def test_denoising_knows_the_noise_of_a_step(few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +339,7 @@ def test_denoising_knows_the_noise_of_a_step(few: Dataset, tmp_path: Path, monke
     config, told = settings(), {}
     work(config, few, tmp_path)
     monkeypatch.setattr(module, "denoise", lambda paths, *a, **k: told.update(k) or paths)
-    paths = private_trajectories(config, task_of(few), tmp_path / "experts")
+    paths = denoised(config, task_of(few), tmp_path / "experts", experts(config, tmp_path))
     assert len(paths) == 1
     for path in paths:
         ways = path[1:] - path[:-1]
