@@ -13,6 +13,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity  # private: Message(content, dst, type) reads it
 
+from fedistill.config import Config
+from server import app as server_app
+
 Handler = Callable[[Message, Context], Message]
 
 
@@ -82,3 +85,9 @@ class LocalGrid(Grid):
             return Message(Error(code=int(wrong), reason="secret: patient 4711"), reply_to=message)
         time.sleep(wrong or 0)
         return self._client(message, self.contexts[message.metadata.dst_node_id])
+
+
+def serve(grid: LocalGrid, config: Config) -> None:
+    """The whole server app with `config` on the nodes of `grid`."""
+    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
+    server_app.main(grid, context)

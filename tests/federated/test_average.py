@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
-from localgrid import LocalGrid
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
 from fedistill.config import Config
@@ -23,8 +22,7 @@ from fedistill.evaluation.average import fedavg
 from fedistill.files import read_json
 from fedistill.report.tables import guarantee
 from fedistill.site.average import name_of
-from server import app as server_app
-from server import collect, stages
+from server import collect
 from server.replies import read_local
 
 TINY = Config(
@@ -32,15 +30,6 @@ TINY = Config(
     expert_batch=16, ipc=1, eval_nets=1, eval_steps=5, eval_models="mlp", deadline=60.0, fl_rounds=2, fl_steps=2,
 ).resolved()  # fmt: skip
 Break = Callable[[str, int, int], float | None]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(collect, "PAUSES", (0.01,))
-    monkeypatch.setattr(stages, "WAIT_SIMULATED", 0.5)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(
@@ -51,8 +40,7 @@ def run(
 ) -> LocalGrid:
     grid = LocalGrid(client_app, nodes or [{"partition-id": i} for i in range(3)], break_with)
     config = dataclasses.replace(TINY, out=str(out), **changes)
-    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
-    server_app.main(grid, context)
+    serve(grid, config)
     return grid
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, RecordDict
-from localgrid import LocalGrid
+from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
 from fedistill.config import Config
@@ -20,7 +19,6 @@ from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json, write_json
 from fedistill.synthetic.store import load_set
-from server import app as server_app
 from server import collect, stages
 
 TINY = Config(
@@ -31,15 +29,6 @@ TINY = Config(
 NODES: list[dict[str, Any]] = [{"partition-id": i} for i in range(3)]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(collect, "PAUSES", (0.01, 0.01))
-    monkeypatch.setattr(stages, "WAIT_SIMULATED", 0.5)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def run(
     out: Path,
     break_with: Callable[[str, int, int], float | None] = lambda kind, node, before: None,
@@ -48,8 +37,7 @@ def run(
 ) -> LocalGrid:
     grid = LocalGrid(client_app, nodes, break_with)
     config = dataclasses.replace(TINY, out=str(out), **changes)
-    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
-    server_app.main(grid, context)
+    serve(grid, config)
     return grid
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, RecordDict
-from localgrid import LocalGrid
+from flwr.app import ConfigRecord, RecordDict
+from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
 from fedistill.config import Config, make_config
@@ -18,8 +18,6 @@ from fedistill.evaluation.metrics import counts_shape
 from fedistill.files import read_json
 from fedistill.site.describe import describe
 from fedistill.synthetic.store import load_set
-from server import app as server_app
-from server import stages
 from server.replies import read_confusions, read_description, read_reply
 
 SITES = 2
@@ -37,14 +35,8 @@ def tiny(**more: Any) -> Config:
 
 def run(config: Config, nodes: list[dict[str, Any]]) -> LocalGrid:
     grid = LocalGrid(client_app, nodes)
-    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
-    server_app.main(grid, context)
+    serve(grid, config)
     return grid
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "WAIT_SIMULATED", 0.5)
 
 
 @pytest.mark.parametrize(

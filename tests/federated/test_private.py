@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import stat
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from localgrid import LocalGrid
+from localgrid import LocalGrid, serve
 from PIL import Image
 from rich.console import Console
 
@@ -31,7 +28,7 @@ from fedistill.simulation import simulate
 from fedistill.site.describe import describe_privately, keyed_fingerprint, task_of
 from fedistill.synthetic.store import load_set
 from server import app as server_app
-from server import collect, stages
+from server import stages
 from server.replies import read_description
 
 SITES = 2
@@ -71,9 +68,8 @@ class Recorder(LocalGrid):
 
 def run(config: Config, nodes: list[dict[str, Any]]) -> Recorder:
     grid = Recorder(nodes)
-    context = Context(run_id=7, node_id=1, node_config={}, state=RecordDict(), run_config=config.to_dict())
     try:
-        server_app.main(grid, context)
+        serve(grid, config)
     except FedistillError as error:
         grid.failed = error  # type: ignore[attr-defined]
     return grid
@@ -86,16 +82,6 @@ def simulated() -> list[dict[str, Any]]:
 def deployed(tmp_path: Path, **rules: Any) -> list[dict[str, Any]]:
     plain = {key.replace("_", "-"): value for key, value in rules.items()}
     return [{"site": n, "data": "phantom", "work-dir": str(tmp_path / n)} | plain for n in ("north", "south")]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(collect, "PAUSES", (0.01, 0.01))
-    monkeypatch.setattr(stages, "WAIT_SIMULATED", 0.5)
-    logging.getLogger("flwr").setLevel(logging.CRITICAL)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
