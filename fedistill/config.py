@@ -98,7 +98,7 @@ class Config:
     )
     dp_lr: float = _key(0.5, "learning rate of private experts", scope="experts", low=0.0)
     denoise: str = _key(
-        "shrink",
+        "none",
         "private experts before they are matched: none, average (of checkpoints) or shrink (average, then less by the noise)",
         scope="distill",
         choices=("none", "average", "shrink"),

@@ -1,10 +1,11 @@
-"""Speed and memory as ratios: `python simulations/benchmarks/speed.py matching|experts [--json]`.
+"""Speed and memory as ratios: `python simulations/benchmarks/speed.py matching|experts|private [--json]`.
 
 matching: one outer iteration of a ConvNet of width 128 on 90 RGB images of 32 pixels: the compiled and the plain adjoint
     against one autograd graph through all student steps (what MTT's own code does), and the convolution throughput reached.
 experts: images per second of parallel expert training against a single-thread loop times the cores.
+private: time of an image in a private expert against one in a plain expert, by Opacus' ways to a gradient per image.
 
-Every variant runs in a process of its own, so that its peak of memory is its own. Quote the ratios, not the seconds.
+Every variant of `matching` runs in a process of its own, so that its peak of memory is its own. Quote the ratios, not the seconds.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
+from opacus import GradSampleModule
+from opacus.grad_sample import GradSampleModuleExpandedWeights
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedistill.config import make_config
 from fedistill.data.dataset import Split
-from fedistill.experts.train import Task, train_experts
+from fedistill.experts.train import Task, sgd, train_experts
 from fedistill.matching.objective import mismatch
 from fedistill.matching.student import Batch, adjoint, student_of, unroll
 from fedistill.matching.trajectory import batch_of
@@ -36,6 +41,8 @@ from fedistill.models.augment import Draw
 from fedistill.models.flat import Flat
 from fedistill.models.loss import loss_of
 from fedistill.models.nets import build
+from fedistill.privacy.accounting import Mechanism
+from fedistill.privacy.dpsgd import PrivateSGD
 from fedistill.seeding import generator
 
 WIDTH, IMAGES, SIZE, CLASSES = 128, 90, 32, 9
@@ -193,9 +200,45 @@ def experts() -> dict[str, float]:
     }
 
 
+def private() -> dict[str, float]:
+    """One thread, grey images of 28 pixels, steps of 256 images; plain and private steps take turns."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    rng, n = generator(0), 256
+    images = torch.randint(256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8)
+    train = Split(images, torch.arange(n) % 2, torch.zeros(n, dtype=torch.int64))
+    task, weights = Task((1, 28, 28), ("a", "b"), "xray"), torch.ones(2)
+    whole = Mechanism(name="dp-sgd", sample_rate=1.0, noise_multiplier=1.0, steps=1, clip_norm=1.0)
+    ways = {
+        "hooks": GradSampleModule,
+        "expanded weights": GradSampleModuleExpandedWeights,
+        "functorch": partial(GradSampleModule, force_functorch=True),
+    }
+    found = {}
+    for width in (16, 32):
+        config = make_config({"width": width, "expert_batch": n, "privacy": "dp", "epsilon": 1.0}).resolved()
+        net = task.network("convnet", config)
+        step, theta = sgd(config, task, net, train, 0.01, rng), net.initial(rng)
+        steps: dict[str, Callable[[], object]] = {"plain": lambda step=step, theta=theta: step(theta)}  # type: ignore[misc]
+        for name, way in ways.items():
+            with patch("opacus.GradSampleModule", way):
+                steps[name] = PrivateSGD(config, task, "convnet", theta, whole, train, weights).step
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(12):
+            for name, take in steps.items():
+                began = time.perf_counter()
+                take()
+                if turn > 1:  # the first ones warm up
+                    seconds[name].append(time.perf_counter() - began)
+        plain = median(seconds.pop("plain"))
+        found[f"width {width}: images per second, plain"] = n / plain
+        found |= {f"width {width}: times a plain step, {name}": median(s) / plain for name, s in seconds.items()}
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("matching", "experts", "child", "base"))
+    parser.add_argument("what", choices=("matching", "experts", "private", "child", "base"))
     parser.add_argument("more", nargs="*")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -205,7 +248,7 @@ def main() -> None:
     elif given.what == "base":
         result = {"peak": base()}
     else:
-        result = matching() if given.what == "matching" else experts()
+        result = {"matching": matching, "experts": experts, "private": private}[given.what]()
     if given.json:
         print(json.dumps(result))
     else:
