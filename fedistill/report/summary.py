@@ -137,6 +137,7 @@ def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
         "delta": claim.delta,
         "unit": claim.unit or None,
         "statement": claim.sentence,
+        "averaging_epsilon": config.epsilon if config.fl_rounds else None,
         "answers_epsilon": config.eval_epsilon or None,
         "simulated": config.server_data == "same",
     }

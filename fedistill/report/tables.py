@@ -189,8 +189,11 @@ def guarantee(summary: Mapping[str, Any]) -> str:
     ]
     if len(summary.get("seeds") or []) > 1:
         words.append("Each seed is a release of its own: whoever sees all of them sees the sum of their budgets.")
-    if "dp-fedavg" in (summary.get("arms") or {}):
-        words.append("Federated averaging, run for comparison, cost the same epsilon once more on the same images.")
+    if union.get("averaging_epsilon"):
+        words.append(
+            "Federated averaging, run for comparison, cost each site up to another "
+            f"epsilon={union['averaging_epsilon']:g} on the same images."
+        )
     if union.get("answers_epsilon"):
         words.append(
             f"Validation and test images are other people's: each site's answers on them cost epsilon={union['answers_epsilon']:g}."
