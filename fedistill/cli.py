@@ -7,7 +7,7 @@ import shutil
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fedistill import __version__
 from fedistill.commands import ledger, release
-from fedistill.commands.audit import audit
+from fedistill.commands.audit import SHADOWS, attack, audit, largest, show
 from fedistill.commands.shared import (
     KEYS,
     AsJson,
@@ -42,6 +42,9 @@ from fedistill.commands.shared import (
 )
 from fedistill.config import PRESETS, Config
 from fedistill.errors import FedistillError
+
+if TYPE_CHECKING:
+    from fedistill.data.dataset import Dataset
 
 app = typer.Typer(
     help="Hospitals send a lesson, not their images: federated multi-site dataset distillation.",
@@ -77,23 +80,46 @@ def simulate(
     preset: Preset = None,
     work: Work = None,
     out: Annotated[str | None, typer.Option(help="Folder of the run; the same command continues there.")] = None,
+    attacked: Annotated[
+        bool, typer.Option("--audit", help="Then attack what the largest site would send, as `fedistill audit` does.")
+    ] = False,
     settings: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate hospitals on this machine: distil at each, merge, train global models, compare, report."""
+    """Simulate hospitals on this machine: distil at each, merge, train global models, compare, report.
+
+    Exit code 1: an attack contradicts the privacy that is claimed.
+    """
     from fedistill.report.tables import arms_table, guarantee, sites_table, verdict
     from fedistill.simulation import simulate as run
 
     config = configured(settings, {k: v for k, v in locals().items() if k in KEYS}, out="runs/simulation")
+    target = largest(config) if attacked else None  # what cannot be attacked is said before the work
     summary = run(config, screen, command="fedistill " + " ".join(sys.argv[1:]))
+    if target is not None:
+        summary = _attacked(config, *target)
+    contradicted = (summary["audit"] or {}).get("contradicts", False)
     if as_json:
         print(json.dumps(summary, indent=1))
-        return
+        raise typer.Exit(contradicted)
     screen.print(sites_table(summary), arms_table(summary), sep="\n")
     screen.print(verdict(summary), highlight=False)
     if promise := guarantee(summary):
         screen.print(promise, highlight=False)
     screen.print(f"Report: {Path(config.out).resolve() / 'report.html'}", soft_wrap=True, highlight=False)
+    raise typer.Exit(contradicted)
+
+
+def _attacked(config: Config, site: Dataset, canaries: int) -> dict[str, Any]:
+    """Attack a finished run, and write its summary and report again with what that showed."""
+    from fedistill.files import read_json
+    from fedistill.report.summary import write_summary
+    from fedistill.simulation import absolute
+
+    run = absolute(config.resolved())
+    folder = Path(run.out) / "audit"
+    show(attack(run, site, folder, canaries=canaries, shadows=SHADOWS), folder)
+    return write_summary(Config(**read_json(Path(run.out) / "summary.json")["config"]), Path(run.out))
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,20 +16,29 @@ from fedistill.commands.shared import (
     KEYS,
     AsJson,
     Data,
+    Delta,
+    Epsilon,
     Experts,
     Init,
     Ipc,
     Iterations,
     Method,
     Preset,
+    Privacy,
     Seed,
     Sets,
+    Unit,
     Width,
     configured,
     screen,
 )
+from fedistill.config import Config
 from fedistill.errors import FedistillError
 
+if TYPE_CHECKING:
+    from fedistill.data.dataset import Dataset
+
+CANARIES, SHADOWS = 64, 8
 ARM_NAMES = {"configured": "Rehearsals", "broken": "Control"}
 METRICS = {"pixel": "pixels", "ssim": "SSIM", "feature": "features"}
 
@@ -46,10 +55,16 @@ def audit(
     experts: Experts = None,
     width: Width = None,
     seed: Seed = None,
+    privacy: Privacy = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    unit: Unit = None,
     preset: Preset = None,
-    canaries: Annotated[int, typer.Option(help="Images with wrong labels whose presence is to be guessed.")] = 64,
+    canaries: Annotated[int, typer.Option(help="Images with wrong labels whose presence is to be guessed.")] = CANARIES,
     canary_source: Annotated[str, typer.Option(help="own training images, or phantom ones.")] = "own",
-    shadows: Annotated[int, typer.Option(help="Rehearsals: each is attacked once, with the others as shadows.")] = 8,
+    shadows: Annotated[
+        int, typer.Option(help="Rehearsals: each is attacked once, with the others as shadows.")
+    ] = SHADOWS,
     settings: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,39 +73,58 @@ def audit(
     Exit code 1: the bound contradicts the claim.
     """
     from fedistill.data.sources import load_data
-    from fedistill.files import write_json
-    from fedistill.privacy.audit.audit import audit as run
 
     config = configured(settings, {k: v for k, v in locals().items() if k in KEYS and k != "out"})
     folder = Path(out).expanduser().resolve()
     if folder.exists() and not folder.is_dir():
         raise FedistillError("exists", f"{folder} is a file: choose another --out.")
-    loaded = load_data(config)
+    result = attack(config, load_data(config), folder, canaries=canaries, shadows=shadows, source=canary_source)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        show(result, folder)
+    if result["contradicts"]:
+        raise typer.Exit(1)
+
+
+def attack(
+    config: Config, site: Dataset, folder: Path, *, canaries: int, shadows: int, source: str = "own"
+) -> dict[str, Any]:
+    """The audit of `site` in `folder`, with bars, its result in `audit.json`. An interruption ends the command."""
+    from fedistill.files import write_json
+    from fedistill.privacy.audit.audit import audit as run
+
     try:
         with _bar() as told:
             result = run(
-                config,
-                loaded,
-                loaded.name,
-                folder,
-                canaries=canaries,
-                shadows=shadows,
-                source=canary_source,
-                on_progress=told,
+                config, site, site.name, folder, canaries=canaries, shadows=shadows, source=source, on_progress=told
             )
     except KeyboardInterrupt:
         screen.print("Stopped. The same command goes on from here.", highlight=False)
         raise typer.Exit(130) from None
     write_json(folder / "audit.json", result)
-    if as_json:
-        print(json.dumps(result, indent=1))
-    else:
-        _show(result, folder)
-    if result["contradicts"]:
-        raise typer.Exit(1)
+    return result
 
 
-def _show(result: dict[str, Any], folder: Path) -> None:
+def largest(config: Config) -> tuple[Dataset, int]:
+    """The site of a simulation that has most training images, and how many canaries it has room for: 64 or fewer.
+
+    Raises `FedistillError` on anything that is wrong with `config`, and where no site has room.
+    """
+    from fedistill.privacy.audit.canaries import FEWEST, LARGEST_SHARE
+    from fedistill.simulation import absolute, check
+
+    site = max(check(absolute(config.resolved())), key=lambda site: len(site.train))
+    room = min(CANARIES, len(site.train) // LARGEST_SHARE)
+    if room < FEWEST:
+        raise FedistillError(
+            "few-canaries",
+            f"The largest site has {len(site.train)} training images, too few to audit: it takes {FEWEST * LARGEST_SHARE}.",
+        )
+    return site, room
+
+
+def show(result: dict[str, Any], folder: Path) -> None:
     claimed, control, delta = result["claimed_epsilon"], result["broken_arm"], f"delta {result['delta']:g}"
     lines = [
         "Claimed: " + ("no privacy" if claimed is None else f"epsilon {claimed:g} at {delta}"),

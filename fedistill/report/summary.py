@@ -23,7 +23,7 @@ from fedistill.files import read_json, write_bytes, write_json
 from fedistill.privacy.accounting import in_words
 from fedistill.release.claim import Claim, SiteClaim, read_claim
 from fedistill.report.page import render_report
-from fedistill.report.tables import arms_markdown, guarantee, verdict
+from fedistill.report.tables import arms_markdown, attacked, guarantee, verdict
 from fedistill.site.job import versions
 from fedistill.synthetic.store import load_set
 
@@ -47,7 +47,7 @@ def write_summary(config: Config, run: Path) -> Json:
     page = render_report(summary, sets, {name: [(k, v) for k, v in curves.get(name, [])] for name in first})
     write_json(run / "summary.json", summary)
     write_bytes(run / "report.html", page.encode())
-    words = [verdict(summary), *([guarantee(summary)] if summary["privacy"] else [])]
+    words = [text for text in (verdict(summary), guarantee(summary), attacked(summary)) if text]
     write_bytes(
         run / "results.md",
         "\n".join([arms_markdown(summary), "\n\n".join(words), f"\n    {summary['command']}\n"]).encode(),
@@ -98,6 +98,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         "cross_architecture": {model: figures for model, figures in by_model.items() if model != headline},
         "federated": federated,
         "privacy": _union(config, promises) if config.privacy == "dp" else None,
+        "audit": _audit(run / "audit" / "audit.json"),
         "peak_memory_bytes": engine.get("peak_memory_bytes"),
         "seconds": engine.get("seconds") or (events[-1].t - events[0].t if events else None),
         "notes": [
@@ -141,6 +142,16 @@ def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
         "answers_epsilon": config.eval_epsilon or None,
         "simulated": config.server_data == "same",
     }
+
+
+def _audit(file: Path) -> Json | None:
+    """What an attack on the largest site showed, where there was one."""
+    if not file.exists():
+        return None
+    found = read_json(file)
+    shown = ("claimed_epsilon", "epsilon_lower", "ceiling", "confidence", "delta", "contradicts", "power")
+    keys = ("site", "canaries", "shadows", *shown)
+    return {key: found[key] for key in keys} | {key: found["copies"][key] for key in ("images", "exact", "red_flag")}
 
 
 def _unasked(config: Config, folders: Sequence[Path]) -> list[str]:

@@ -203,6 +203,29 @@ def guarantee(summary: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def attacked(summary: Mapping[str, Any]) -> str:
+    """What an attack showed; "" where there was none."""
+    found = summary.get("audit")
+    if not found:
+        return ""
+    claimed = found["claimed_epsilon"]
+    words = [
+        f"Attack on what {plain(str(found['site']))} would send ({found['shadows']} rehearsals with {found['canaries']} "
+        f"planted images): it shows epsilon to be at least {found['epsilon_lower']:.2f}, and could have shown at most "
+        f"{found['ceiling']:.2f}.",
+        f"{found['exact']} of {found['images']} synthetic images are exact copies of training images.",
+    ]
+    if found["contradicts"]:
+        words.insert(0, f"The claim of epsilon={claimed:g} is contradicted: do not release.")
+    if found["red_flag"] and not found["exact"]:
+        words.append("Some lie nearer to training images than to others.")
+    if not found["power"]:
+        words.append("It misses even a release of real images, so it says nothing.")
+    elif claimed is not None and not found["contradicts"]:
+        words.append("That does not contradict the claim, and does not prove it.")
+    return " ".join(words)
+
+
 def records(summary: Mapping[str, Any]) -> str:
     """What the sites counted when they said how much they have."""
     return "patients" if (summary.get("privacy") or {}).get("unit") == "patient" else "images"

@@ -14,10 +14,13 @@ import torch
 from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
-from fedistill.config import Config
+from fedistill import cli
+from fedistill.commands.audit import largest
+from fedistill.config import Config, make_config
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json, write_json
+from fedistill.simulation import check
 from fedistill.synthetic.store import load_set
 from server import collect, stages
 
@@ -271,3 +274,38 @@ def test_events_are_json_lines(finished: Path) -> None:
         assert set(json.loads(line)) == {
             "t", "seed", "site", "phase", "status", "step", "total", "loss", "eta", "message",
         }  # fmt: skip
+
+
+def test_too_small_a_site_is_not_audited() -> None:
+    with pytest.raises(FedistillError, match=r"has 30 training images, too few to audit: it takes 32\."):
+        largest(TINY)
+    site, canaries = largest(dataclasses.replace(TINY, phantom_images=120, partition="quantity", alpha=0.5))
+    assert canaries == len(site.train) // 4 > 10
+
+
+def test_an_attack_is_in_the_summary_and_the_report(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = read_json(out / "summary.json")
+    assert before["audit"] is None
+    config = make_config(before["config"] | {"out": str(out)})
+    found = {
+        "site": "site-2", "canaries": 16, "shadows": 8, "claimed_epsilon": 1.0, "epsilon_lower": 1.5, "ceiling": 2.0,
+        "confidence": 0.95, "delta": 1e-3, "contradicts": True, "power": True,
+        "copies": {"images": 2, "exact": 0, "red_flag": True},
+    }  # fmt: skip
+
+    def attack(config: Config, site: Any, folder: Path, **more: Any) -> Any:
+        write_json(folder / "audit.json", found)
+        return found
+
+    monkeypatch.setattr(cli, "attack", attack)
+    monkeypatch.setattr(cli, "show", lambda result, folder: None)
+    site = next(iter(check(config)))
+    summary = cli._attacked(config, site, 16)
+    assert summary | {"audit": None} == before | {key: summary[key] for key in ("config", "command", "seconds")}
+    assert (summary["audit"]["site"], summary["audit"]["contradicts"], summary["audit"]["exact"]) == ("site-2", True, 0)
+    for file in ("report.html", "results.md"):
+        assert "The claim of epsilon=1 is contradicted: do not release." in (out / file).read_text()

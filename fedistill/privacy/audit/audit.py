@@ -31,6 +31,7 @@ from fedistill.privacy.audit.canaries import Canaries, choose, toss, with_canari
 from fedistill.privacy.audit.copies import FEWEST, PICTURE_NOTE, copies
 from fedistill.privacy.audit.onerun import CONFIDENCE, ceiling, epsilon_lower
 from fedistill.privacy.audit.rates import FALSE_ALARMS, rates
+from fedistill.privacy.plan import records_of
 from fedistill.processes import alone
 from fedistill.site.describe import task_of
 from fedistill.site.job import Progress
@@ -102,7 +103,7 @@ def audit(
         raise FedistillError("few-shadows", f"shadows={shadows} is too few to compare: use {FEWEST_RUNS} or more.")
     config = config.resolved()
     chosen = choose(data, canaries, source, config.seed)
-    key = f"{data.fingerprint}-{config.key('data', 'experts', 'distill', 'eval')}-{source}-{canaries}"
+    key = f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts', 'distill', 'eval')}-{source}-{canaries}"
     work.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder = work / key
     folder.mkdir(exist_ok=True, mode=0o700)
@@ -121,7 +122,7 @@ def audit(
             _unseen(data, chosen, shown.inside[0]),
             folder=work,
         )
-    claimed, delta = claim_of(config, len(data.train))
+    claimed, delta = claim_of(config, records_of(data.train, config.unit))
     result = judged(shown, delta) | {"claimed_epsilon": claimed, "confidence": CONFIDENCE, "delta": delta}
     result["contradicts"] = claimed is not None and result["epsilon_lower"] > claimed
     control = judged(arms["broken"], delta)

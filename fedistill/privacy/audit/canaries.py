@@ -41,7 +41,8 @@ def choose(data: Dataset, m: int, source: str, seed: int) -> Canaries:
     """Which images are the canaries; the same seed chooses the same ones (only the coins are secret).
 
     source: "own" takes training images, which every rehearsal then lacks under their true label; "phantom" draws public ones
-    and takes no patient's place. Raises `FedistillError` where there are too few images, or for phantoms of volumes.
+    and takes no patient's place, each as a patient of its own. Raises `FedistillError` where there are too
+    few images, or for phantoms of volumes.
     """
     if m < FEWEST:
         raise FedistillError(
@@ -63,7 +64,8 @@ def choose(data: Dataset, m: int, source: str, seed: int) -> Canaries:
         like = torch.randint(len(data.train), (m,), generator=rng)
         images = pixels.mul(255).round().to(torch.uint8)
         taken = torch.empty(0, dtype=torch.int64)
-        chosen = Split(images, data.train.labels[like], data.train.site[like])
+        patient = None if data.train.patient is None else data.train.patient.max() + 1 + torch.arange(m)
+        chosen = Split(images, data.train.labels[like], data.train.site[like], patient)
     else:
         raise FedistillError("bad-value", f"Canaries come from 'own' images or 'phantom' ones, not from '{source}'.")
     return Canaries(replace(chosen, labels=_wrong(chosen.labels, data.classes, rng)), taken)
@@ -78,6 +80,7 @@ def with_canaries(data: Dataset, canaries: Canaries, inside: Tensor) -> Dataset:
         torch.cat([real.images, added.images]),
         torch.cat([real.labels, added.labels]),
         torch.cat([real.site, added.site]),
+        None if real.patient is None or added.patient is None else torch.cat([real.patient, added.patient]),
     )
     return replace(data, train=train)
 

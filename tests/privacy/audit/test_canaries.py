@@ -85,3 +85,17 @@ def test_coins_are_fair_secret_and_kept(tmp_path: Path) -> None:
     with pytest.raises(FedistillError, match="2000 canaries"):
         toss(tmp_path / "a" / "coins.json", 5)
     assert json.loads((tmp_path / "a" / "coins.json").read_text())[:3] == coins[:3].int().tolist()
+
+
+def test_canaries_keep_their_patients_and_phantoms_are_new_ones(tiny: Dataset) -> None:
+    patients = torch.arange(len(tiny.train)) // 2
+    data = replace(tiny, train=replace(tiny.train, patient=patients))
+    own, drawn = choose(data, 12, "own", 0), choose(data, 12, "phantom", 0)
+    assert torch.equal(own.images.patient, patients[own.taken])
+    assert len(set(drawn.images.patient.tolist()) - set(patients.tolist())) == 12
+    inside = torch.arange(12) < 5
+    for chosen in (own, drawn):
+        train = with_canaries(data, chosen, inside).train
+        assert len(train.patient) == len(train)
+        assert torch.equal(train.patient[-5:], chosen.images.patient[:5])
+    assert with_canaries(tiny, choose(tiny, 12, "own", 0), inside).train.patient is None
