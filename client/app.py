@@ -1,6 +1,7 @@
 """Flower ClientApp: what runs inside a hospital. Each handler decodes, makes one library call, and encodes.
 
-A site's node configuration (`node.py`) names it, and says what it allows. In a simulation the partition id takes its place.
+A SuperNode's `--node-config 'site-config="/etc/fedistill/site.toml"'` names a file with the site's name, its data, and what it
+allows (`fedistill.site.policy`). In a simulation the partition id takes its place.
 Nothing leaves but JSON that the library made for release, a released synthetic set, and counts of right and wrong answers;
 of an unexpected error only the fact. With privacy=dp all of that is public, or was paid for on the site's ledger.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,7 +22,6 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.node import rules_of
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import Partition, partition
@@ -34,13 +35,23 @@ from fedistill.privacy.plan import delta_of, records_of
 from fedistill.site.average import train_round
 from fedistill.site.describe import describe, describe_privately
 from fedistill.site.folder import site_folder
+from fedistill.site.gate import may_leave
 from fedistill.site.job import advance, released_set
+from fedistill.site.policy import Policy, read_policy
 from fedistill.wire import decode, encode
 
 app = ClientApp()
+log = logging.getLogger(__name__)
 
 HELD_OUT = ("val", "test")
-OWN_FILES = ("broken-ledger", "unusable-ledger", "other-format", "other-work")  # errors whose sentences name them
+OWN_FILES = (
+    "site-config",
+    "broken-log",
+    "broken-ledger",
+    "unusable-ledger",
+    "other-format",
+    "other-work",
+)  # whose sentences name them
 
 _loaded: dict[
     tuple[str, str, bool], tuple[Dataset, Partition | None]
@@ -52,8 +63,15 @@ class Site:
     name: str
     data: Dataset
     work: Path
-    simulated: bool
-    cap: Cap | None = None
+    policy: Policy | None = None  # None: simulated
+
+    @property
+    def simulated(self) -> bool:
+        return self.policy is None
+
+    @property
+    def cap(self) -> Cap | None:
+        return None if self.policy is None else self.policy.cap
 
 
 def refuse_real_images(config: Config) -> None:
@@ -76,17 +94,28 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
         if parts is None or number >= len(parts.names):
             raise FedistillError("node-config", f"The partition has no site number {number + 1}.")
         name = parts.names[number]
-        return Site(name, parts.at(data, number), Path(config.work), True)
-    rules = rules_of(node)
-    rules.check(config)
-    name = str(node["site"])
+        return Site(name, parts.at(data, number), Path(config.work))
+    policy = policy_of(node)
+    policy.check_job(config)
+    name = policy.name
     try:
-        data, _ = _load(config, str(node["data"]), split=False)
+        data, _ = _load(config, policy.data, split=False)
     except FedistillError as error:  # its sentence may name files, and files are named after patients
-        _keep(error.sentence, Path(str(node["work-dir"])))
+        _keep(error.sentence, policy.work)
         code = error.code if config.privacy == "none" else "bad-data"  # what is wrong with private data is private
         raise FedistillError(code, f"The data of site '{name}' cannot be used: errors.log there says why.") from None
-    return Site(name, dataclasses.replace(data, name=name), Path(str(node["work-dir"])), False, rules.cap)
+    data = policy.check_data(config, dataclasses.replace(data, name=name))
+    return Site(name, data, policy.work, policy)
+
+
+def policy_of(node: dict[str, Any]) -> Policy:
+    """Raises `FedistillError` where a SuperNode was started without a policy, or its policy is not understood."""
+    if set(node) != {"site-config"} or not Path(str(node["site-config"])).is_absolute():
+        raise FedistillError(
+            "node-config",
+            "A SuperNode of fedistill needs --node-config 'site-config=\"...\"', an absolute path, and no more.",
+        )
+    return read_policy(Path(str(node["site-config"])))
 
 
 def _load(config: Config, source: str, *, split: bool) -> tuple[Dataset, Partition | None]:
@@ -106,7 +135,8 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
         folder: Path | None = None
         node = dict(context.node_config)
         try:
-            folder = Path(str(node["work-dir"])) if "work-dir" in node else None
+            if "partition-id" not in node:
+                folder = policy_of(node).work
             config = make_config(json.loads(str(_job(msg)["config"])))
             if "partition-id" in node:
                 folder = Path(config.work)
@@ -116,7 +146,9 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
             sentence = error.sentence
             if error.code in OWN_FILES and "partition-id" not in node:
                 _keep(sentence, folder)
-                sentence = "The ledger of this site cannot be used: errors.log there says why."
+                sentence = (
+                    "A file of this site's own cannot be used: errors.log there, or its SuperNode's output, says why."
+                )
             content = _error(error.code, sentence)
         except Exception:
             _keep(traceback.format_exc(), folder)
@@ -157,9 +189,14 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
         run=run,
         cap=site.cap,
     )
+    made = released_set(config, site.data, site.name, site.work, round=number, run=run) if progress.done else None
+    if made is not None and site.policy is not None:
+        made = may_leave(site.policy, made, config, run=run, round=number, seconds=float(job["seconds"]))
+        if made is None:
+            progress = dataclasses.replace(progress, phase="waiting", done=False)
     content = _reply(dataclasses.asdict(progress))
-    if progress.done:
-        arrays, text = encode(released_set(config, site.data, site.name, site.work, round=number, run=run))
+    if made is not None:
+        arrays, text = encode(made)
         content["set"] = ArrayRecord({k: Array(a) for k, a in arrays.items()})
         content["text"] = ConfigRecord({"set": text})
     return content
@@ -196,6 +233,8 @@ def average(msg: Message, site: Site, config: Config) -> RecordDict:
 @answers
 def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
     """How often each global model takes one class of this site's held-out images for another, or a finding for none."""
+    if site.policy is not None and not site.policy.answers:
+        raise FedistillError("policy", "This site lets no counts of answers leave.")
     split = str(_job(msg)["split"])
     if split not in HELD_OUT:
         raise FedistillError("bad-job", f"Models are tested on {' or '.join(HELD_OUT)}, not on '{split}'.")
@@ -225,8 +264,9 @@ def _error(code: str, sentence: str) -> RecordDict:
 
 
 def _keep(text: str, folder: Path | None) -> None:
-    """Append to the site's own error log; where there is none the text goes nowhere, since it may quote private data."""
+    """Append to the site's own error log; where it is not known where that is, to what the SuperNode prints."""
     if folder is None:
+        log.error(text)
         return
     with suppress(OSError):  # it would leave the site as an exception's text
         folder.mkdir(parents=True, exist_ok=True)

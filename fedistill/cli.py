@@ -1,4 +1,4 @@
-"""The command line: `fedistill simulate | probe | distill | evaluate | bench | audit | ledger | release | methods | options`."""
+"""The command line, `fedistill`: one command per thing to do; those with commands of their own are in `fedistill.commands`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedistill import __version__
-from fedistill.commands import ledger, release
+from fedistill.commands import ledger, release, site
 from fedistill.commands.audit import SHADOWS, attack, audit, largest, show
 from fedistill.commands.shared import (
     KEYS,
@@ -55,6 +55,7 @@ app = typer.Typer(
 )
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(release.app, name="release")
+app.add_typer(site.app, name="site")
 SHOWN_FAILURES = 10
 
 

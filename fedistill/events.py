@@ -14,7 +14,7 @@ from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
 
-PHASES = ("describe", "experts", "distill", "collect", "evaluate", "report")
+PHASES = ("describe", "experts", "distill", "release", "collect", "evaluate", "report")
 STATUSES = ("start", "progress", "done", "failed", "late", "note")
 
 

@@ -63,7 +63,7 @@ def read_progress(value: Any) -> dict[str, Any]:
 
     Returns phase, step, total, loss, eta, seconds, iterations, skipped, notes and curve. Raises `FedistillError`.
     """
-    if not isinstance(value, dict) or value.get("phase") not in ("experts", "distill", "ready"):
+    if not isinstance(value, dict) or value.get("phase") not in ("experts", "distill", "waiting", "ready"):
         _nonsense("names no phase")
     counts = {k: value.get(k) for k in ("step", "total", "iterations", "skipped")}
     seconds, notes, curve = (value.get(k) for k in ("seconds", "notes", "curve"))

@@ -208,12 +208,20 @@ def _distil(
     def receive(node: int, content: RecordDict) -> RecordDict | None:
         site, value = nodes[node], read_reply(content)
         now = read_progress(value)
-        ready, phase = now["phase"] == "ready", "experts" if now["phase"] == "experts" else "distill"
+        ready = now["phase"] == "ready"
+        phase = {"experts": "experts", "waiting": "release"}.get(now["phase"], "distill")
+        if ready and phases[site] == "release":
+            phase = "release"
         if phase != phases[site]:
             run.note(site, phases[site], "done")
             run.note(site, phase, "start")
             phases[site] = phase
-        run.note(site, phase, "done" if ready else "progress", **{k: now[k] for k in ("step", "total", "loss", "eta")})
+        if now["phase"] == "waiting":
+            run.note(site, phase, "progress", message="waits for a person at the site")
+        else:
+            run.note(
+                site, phase, "done" if ready else "progress", **{k: now[k] for k in ("step", "total", "loss", "eta")}
+            )
         run.curve(site, now["curve"])
         if not ready:
             return first[node]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -85,6 +87,17 @@ class LocalGrid(Grid):
             return Message(Error(code=int(wrong), reason="secret: patient 4711"), reply_to=message)
         time.sleep(wrong or 0)
         return self._client(message, self.contexts[message.metadata.dst_node_id])
+
+
+def real_site(name: str, work: Path, data: str = "phantom", **tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The node configuration of a site that is not simulated, with a policy file beside its work folder."""
+    parts = {"site": {"name": name, "data": data, "work": str(work)}} | tables
+    lines = [
+        f"[{part}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in keys.items()) for part, keys in parts.items()
+    ]
+    file = work.with_name(f"{work.name}.toml")
+    file.write_text("\n".join(lines))
+    return {"site-config": str(file)}
 
 
 def serve(grid: LocalGrid, config: Config) -> None:

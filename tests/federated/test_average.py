@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-from localgrid import LocalGrid, serve
+from localgrid import LocalGrid, real_site, serve
 
 from client.app import app as client_app
 from fedistill.config import Config
@@ -110,7 +110,7 @@ def test_private_rounds_are_paid_for_at_every_site_and_the_arm_says_so(tmp_path:
 
 
 def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
-    node = {"site": "north", "data": "phantom", "work-dir": str(tmp_path / "disk")}
+    node = real_site("north", tmp_path / "disk")
     content = collect.with_arrays(collect.job(TINY, round=1, run="x"), "models", {name_of("mlp", 0.1, 0): np.zeros(3)})
     grid, said = LocalGrid(client_app, [node]), []
     failures = collect.converse(
@@ -127,7 +127,7 @@ def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
 
 def test_a_real_site_takes_no_part_in_private_averaging(tmp_path: Path) -> None:
     """It would pay a whole epsilon for every word that a server calls the run by."""
-    node, said = {"site": "north", "data": "phantom", "work-dir": str(tmp_path / "disk")}, []
+    node, said = real_site("north", tmp_path / "disk"), []
     config = dataclasses.replace(TINY, privacy="dp", epsilon=8.0, method="sketch")
     content = collect.with_arrays(
         collect.job(config, round=1, run="x"), "models", {name_of("mlp", 0.1, 0): np.zeros(3, np.float32)}
@@ -147,7 +147,7 @@ def test_a_real_site_takes_no_part_in_private_averaging(tmp_path: Path) -> None:
 
 
 def test_averaging_needs_a_server_that_can_compare(tmp_path: Path) -> None:
-    node = {"site": "north", "data": "phantom", "work-dir": str(tmp_path / "disk")}
+    node = real_site("north", tmp_path / "disk")
     with pytest.raises(FedistillError, match="fl_rounds=2 is for comparison"):
         run(tmp_path / "run", nodes=[node], sites=1, server_data="none", method="dm")
 

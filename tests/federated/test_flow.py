@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from localgrid import LocalGrid, serve
+from localgrid import LocalGrid, real_site, serve
 
 from client.app import app as client_app
 from fedistill import cli
@@ -162,7 +162,7 @@ def test_later_rounds_build_on_the_merged_set(tmp_path: Path) -> None:
 
 
 def deployed(tmp_path: Path, names: list[str]) -> list[dict[str, Any]]:
-    return [{"site": n, "data": "phantom", "work-dir": str(tmp_path / f"disk-{i}")} for i, n in enumerate(names)]
+    return [real_site(n, tmp_path / f"disk-{i}") for i, n in enumerate(names)]
 
 
 def test_a_server_without_data_lets_the_sites_choose_and_judge(tmp_path: Path) -> None:

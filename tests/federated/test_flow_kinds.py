@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from localgrid import LocalGrid, serve
+from localgrid import LocalGrid, real_site, serve
 
 from client.app import app as client_app
 from fedistill.config import Config, make_config
@@ -70,7 +70,7 @@ def test_a_run_of_every_kind(more: dict[str, Any], first: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("task", ["multilabel", "ordinal"])
 def test_a_server_without_data_elects_by_counts(task: str, tmp_path: Path) -> None:
-    nodes = [{"site": n, "data": "phantom", "work-dir": str(tmp_path / n)} for n in ("north", "south")]
+    nodes = [real_site(n, tmp_path / n) for n in ("north", "south")]
     run(tiny(out=str(tmp_path / "run"), task=task, server_data="none"), nodes)
     figures = read_json(tmp_path / "run/summary.json")["arms"]["distilled"]
     assert figures["auc"]["mean"] is None

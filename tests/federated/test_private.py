@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import stat
+import threading
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from localgrid import LocalGrid, serve
+from localgrid import LocalGrid, real_site, serve
 from PIL import Image
 from rich.console import Console
 
@@ -20,12 +22,15 @@ from client.app import app as client_app
 from fedistill.config import Config, make_config
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
+from fedistill.events import read_events
 from fedistill.files import read_json
 from fedistill.matching.problem import Bundle
 from fedistill.privacy.ledger import Ledger
 from fedistill.release.claim import check_promise
 from fedistill.simulation import simulate
+from fedistill.site import gate
 from fedistill.site.describe import describe_privately, keyed_fingerprint, task_of
+from fedistill.site.policy import read_policy
 from fedistill.synthetic.store import load_set
 from server import app as server_app
 from server import stages
@@ -79,9 +84,12 @@ def simulated() -> list[dict[str, Any]]:
     return [{"partition-id": i} for i in range(SITES)]
 
 
-def deployed(tmp_path: Path, **rules: Any) -> list[dict[str, Any]]:
-    plain = {key.replace("_", "-"): value for key, value in rules.items()}
-    return [{"site": n, "data": "phantom", "work-dir": str(tmp_path / n)} | plain for n in ("north", "south")]
+def deployed(tmp_path: Path, data: str = "phantom", **tables: dict[str, Any]) -> list[dict[str, Any]]:
+    return [real_site(n, tmp_path / n, data, **tables) for n in ("north", "south")]
+
+
+def capped(epsilon: float = 100.0, delta: float = 0.01, **more: Any) -> dict[str, Any]:
+    return {"required": True, "lifetime_epsilon": epsilon, "lifetime_delta": delta} | more
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +178,7 @@ def test_patients_are_protected_where_they_are_named(tmp_path: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8)).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png,{'ab'[i // 3 % 2]},{split},{split}-{i // 6}")
     (tmp_path / "m.csv").write_text("\n".join(lines))
-    nodes = [node | {"data": str(tmp_path / "m.csv")} for node in deployed(tmp_path)]
+    nodes = deployed(tmp_path, str(tmp_path / "m.csv"))
     grid = run(tiny(out=str(tmp_path / "run"), eval_epsilon=5.0, server_data="none", unit="patient"), nodes)
     assert [about["train"] for about in grid.answers("query.describe")] == [16, 16]  # of 32 images
     entries = Ledger(tmp_path / "north/site-north/ledger.db", create=False).entries()
@@ -217,7 +225,7 @@ def test_a_server_that_buys_nothing_takes_a_middle_rate_and_says_so(tmp_path: Pa
 
 
 def test_a_cap_that_is_passed_reaches_the_server_as_a_code_and_a_sentence(tmp_path: Path) -> None:
-    nodes = deployed(tmp_path, lifetime_epsilon=10, lifetime_delta="1e-4")
+    nodes = deployed(tmp_path, privacy=capped(10, 1e-4))
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), nodes)
     assert {code for code, _ in grid.errors("train.distill")} == {"over-budget"}
     assert all("over the lifetime cap of 10" in sentence for _, sentence in grid.errors("train.distill"))
@@ -226,7 +234,7 @@ def test_a_cap_that_is_passed_reaches_the_server_as_a_code_and_a_sentence(tmp_pa
 
 
 def test_the_cap_holds_for_answers_too(tmp_path: Path) -> None:
-    nodes = deployed(tmp_path, lifetime_epsilon=25, lifetime_delta=0.001)
+    nodes = deployed(tmp_path, privacy=capped(25, 0.001))
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none", epsilon=5.0, eval_epsilon=24.0), nodes)
     assert {code for code, _ in grid.errors("evaluate.models")} == {"over-budget"}
     assert read_json(tmp_path / "run/seed-0/federated.json") == {}
@@ -237,41 +245,36 @@ def test_the_cap_holds_for_answers_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rules", "changes", "why"),
     [
-        ({"require_privacy": "dp"}, {"privacy": "none", "epsilon": 0.0}, "privacy=dp only"),
-        ({"max_epsilon": 3}, {"privacy": "none", "epsilon": 0.0}, "privacy=dp only"),
-        ({"lifetime_epsilon": 3, "lifetime_delta": 1e-5}, {"privacy": "none", "epsilon": 0.0}, "privacy=dp only"),
-        ({"max_epsilon": 3}, {}, "epsilon=20 is more than this site gives to one job: 3"),
-        ({"max_epsilon": 30}, {"eval_epsilon": 40.0}, "eval_epsilon=40 is more"),
+        (capped(), {"privacy": "none", "epsilon": 0.0}, "privacy=dp only"),
+        (capped(max_epsilon=3.0), {}, "epsilon=20 is more than this site gives to one job: 3"),
+        (capped(max_epsilon=30.0), {"eval_epsilon": 40.0}, "eval_epsilon=40 is more"),
+        (capped(unit="patient"), {}, "unit=image is not enough for this site: it takes part with unit=patient"),
     ],
 )
 def test_a_site_refuses_what_it_does_not_allow_before_it_says_anything(
     rules: dict[str, Any], changes: dict[str, Any], why: str, tmp_path: Path
 ) -> None:
-    grid = run(tiny(out=str(tmp_path / "run"), server_data="none", **changes), deployed(tmp_path, **rules))
+    grid = run(tiny(out=str(tmp_path / "run"), server_data="none", **changes), deployed(tmp_path, privacy=rules))
     refused = grid.errors("query.describe")
     assert {code for code, _ in refused} == {"policy"}
     assert all(why in sentence for _, sentence in refused)
     assert grid.answers("query.describe") == []
 
 
-@pytest.mark.parametrize(
-    ("rules", "why"),
-    [
-        ({"lifetime_epsilon": 3}, "belong together"),
-        ({"lifetime_delta": 1e-5}, "belong together"),
-        ({"lifetime_epsilon": 3, "lifetime_delta": 2}, "is no cap"),
-        ({"max_epsilon": "much"}, "max-epsilon=much is no number above 0"),
-        ({"max_epsilon": True}, "is no number above 0"),
-        ({"max_epsilons": 3}, "did you mean 'max-epsilon'"),
-        ({"require_privacy": "yes"}, 'can only be "dp"'),
-        ({"work_dir": "work"}, "work-dir=work must be an absolute path"),
-    ],
-)
-def test_a_limit_that_means_nothing_is_an_error(rules: dict[str, Any], why: str, tmp_path: Path) -> None:
-    grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), deployed(tmp_path, **rules))
-    refused = grid.errors("query.describe")
-    assert {code for code, _ in refused} == {"node-config"}
-    assert all(why in sentence for _, sentence in refused)
+def test_a_policy_that_is_not_understood_stops_everything_and_is_not_described(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = deployed(tmp_path, privacy=capped(max_epsilons=3.0))
+    grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), nodes)
+    assert {code for code, _ in grid.errors("query.describe")} == {"site-config"}
+    assert "max_epsilon" not in json.dumps(grid.said)
+    assert "did you mean 'max_epsilon'?" in caplog.text
+
+
+@pytest.mark.parametrize("node", [{}, {"site-config": "site.toml"}, {"site": "north"}])
+def test_a_node_needs_a_policy(node: dict[str, Any], tmp_path: Path) -> None:
+    grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), [node, node])
+    assert {code for code, _ in grid.errors("query.describe")} == {"node-config"}
 
 
 def test_training_images_are_no_test_images(tmp_path: Path) -> None:
@@ -291,9 +294,10 @@ def test_a_broken_ledger_is_not_described_to_the_server(tmp_path: Path) -> None:
     (tmp_path / "north/site-north").mkdir(parents=True)
     (tmp_path / "north/site-north/ledger.db").write_text("nonsense")
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), deployed(tmp_path))
-    assert ("broken-ledger", "The ledger of this site cannot be used: errors.log there says why.") in grid.errors(
-        "train.distill"
-    )
+    assert (
+        "broken-ledger",
+        "A file of this site's own cannot be used: errors.log there, or its SuperNode's output, says why.",
+    ) in grid.errors("train.distill")
     assert str(tmp_path) not in json.dumps(grid.said)
     assert "ledger.db" in (tmp_path / "north/errors.log").read_text()
 
@@ -301,7 +305,7 @@ def test_a_broken_ledger_is_not_described_to_the_server(tmp_path: Path) -> None:
 def test_what_is_wrong_with_private_data_is_private(tmp_path: Path) -> None:
     nodes = deployed(tmp_path)
     (tmp_path / "m.csv").write_text("path,label\nMueller_Anna_1957.png,a\n")
-    nodes[0]["data"] = str(tmp_path / "m.csv")
+    nodes[0] = real_site("north", tmp_path / "north", str(tmp_path / "m.csv"))
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), nodes)
     assert grid.errors("query.describe") == [
         ("bad-data", "The data of site 'north' cannot be used: errors.log there says why.")
@@ -310,7 +314,7 @@ def test_what_is_wrong_with_private_data_is_private(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_written_sends_nothing_either(tmp_path: Path) -> None:
     nodes = deployed(tmp_path)
-    nodes[0]["data"] = str(tmp_path / "nowhere.csv")
+    nodes[0] = real_site("north", tmp_path / "north", str(tmp_path / "nowhere.csv"))
     (tmp_path / "north").write_text("a file where the folder should be")
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none"), nodes)
     assert grid.errors("query.describe") == [
@@ -382,3 +386,46 @@ def test_real_private_run_on_the_ray_engine(tmp_path: Path) -> None:
     for site in ("site-1", "site-2"):
         ledger = Ledger(tmp_path / f"run/work/site-{site}/ledger.db", create=False)
         assert [e.what for e in ledger.entries()] == ["sketch", "answers"]
+
+
+def test_a_set_waits_for_a_person_and_the_server_for_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "POLL_SECONDS", 0.02)
+    policies = [
+        read_policy(Path(node["site-config"]))
+        for node in deployed(tmp_path, privacy=capped(), release={"manual": True})
+    ]
+    nodes = [{"site-config": str(tmp_path / f"{n}.toml")} for n in ("north", "south")]
+    done = threading.Event()
+
+    def officers() -> None:
+        north, south = policies
+        while not done.wait(0.05):
+            if [r for r in gate.requests(north) if r.decision is None] and gate.requests(south):
+                time.sleep(0.5)  # the server asks again meanwhile
+                gate.decide(north, gate.requests(north)[0].id, approved=True, reason="")
+                gate.decide(south, gate.requests(south)[0].id, approved=False, reason="not this one")
+                return
+
+    thread = threading.Thread(target=officers)
+    thread.start()
+    out = tmp_path / "run"
+    grid = run(tiny(out=str(out), server_data="none", quorum=1, slice_seconds=0.2), nodes)
+    done.set()
+    thread.join()
+    assert load_set(out / "seed-0/merged").sites == ("north",)
+    assert grid.errors("train.distill") == [("rejected", "This site does not let the set leave.")]
+    events, _ = read_events(out / "events.jsonl")
+    assert [e.message for e in events if e.phase == "release" and e.status == "progress"][:1] == [
+        "waits for a person at the site"
+    ]
+    assert [(e.site, e.status) for e in events if e.phase == "release" and e.status == "done"] == [("north", "done")]
+    assert "not this one" not in json.dumps(grid.said)
+    left = [plain for kind, plain in grid.said if kind == "train.distill" and "text" in plain]
+    assert len(left) == 1
+
+
+def test_counts_of_answers_stay_where_the_policy_says_so(tmp_path: Path) -> None:
+    nodes = deployed(tmp_path, release={"answers": False})
+    grid = run(tiny(out=str(tmp_path / "run"), server_data="none", privacy="none", epsilon=0.0), nodes)
+    assert {code for code, _ in grid.errors("evaluate.models")} == {"policy"}
+    assert grid.answers("evaluate.models") == []

@@ -1,0 +1,237 @@
+"""`fedistill site ...`: what a hospital's engineer and its data-protection officer do, on the site's own machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedistill.errors import FedistillError
+
+if TYPE_CHECKING:
+    from fedistill.site.gate import Request
+
+app = typer.Typer(
+    help="At a hospital: what may leave, and what waits for a decision.", no_args_is_help=True, rich_markup_mode=None
+)
+screen = Console(stderr=True)
+
+Where = Annotated[
+    str, typer.Option("--site", metavar="FILE", envvar="FEDISTILL_SITE", help="The site's policy, site.toml.")
+]
+Id = Annotated[str, typer.Argument(metavar="ID", help="Of the set, or how it begins; `site pending` lists them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+TEMPLATE = """\
+# The policy of this site. No server can change it; a job that does not fit is refused.
+[site]
+name = {name}
+data = {data}
+work = {work}                 # experts, sets, the ledger: keep it, and keep it private
+
+[privacy]
+required = true             # jobs without differential privacy are refused
+unit = "image"              # what a job has to protect at least: "image", or "patient" where the data name patients
+max_epsilon = 3.0           # of one job
+max_delta = 1e-3
+lifetime_epsilon = 10.0     # of all jobs together, by the ledger
+lifetime_delta = 1e-3
+
+[release]
+manual = true               # every set waits for `fedistill site approve`
+largest_set = 1000          # synthetic images
+smallest_class = 20         # real images: smaller classes take no part in a job without privacy
+answers = true              # counts of right answers on held-out images may leave (with privacy: noisy ones that are paid for)
+
+[jobs]                      # what a job may ask for; settings that are not named here are free
+method = ["sketch", "ptm", "mtt", "teach"]
+ipc = {{ from = 1, to = 50 }}
+"""
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Option(help="What the site is called.")],
+    data: Annotated[str, typer.Option(help="An image folder, a .csv manifest or an .npz file.")],
+    work: Annotated[str, typer.Option(help="Folder for experts, sets and the ledger.")],
+    file: Where = "site.toml",
+) -> None:
+    """Write a careful policy to begin with, to be read and changed by people."""
+    place = Path(file)
+    if place.exists():
+        raise FedistillError("exists", f"{file} exists already: edit it, or choose another --site.")
+    absolute = Path(data).expanduser().absolute()
+    words = {"name": name, "data": str(absolute) if absolute.exists() else data, "work": str(Path(work).absolute())}
+    from fedistill.files import write_bytes
+
+    write_bytes(
+        place, TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()}).encode()
+    )
+    _say(f"{file} is written: read it, change it, then `fedistill site check`.")
+
+
+@app.command()
+def check(file: Where = "site.toml", as_json: AsJson = False) -> None:
+    """Say whether the policy is understood and the data can be used, what was spent, and what waits."""
+    from fedistill.data.sources import load_data
+    from fedistill.privacy.ledger import Ledger
+    from fedistill.site.folder import ledger_file
+    from fedistill.site.gate import requests
+
+    policy = _policy(file)
+    from fedistill.config import Config
+
+    data = load_data(Config(data=policy.data).resolved())
+    ledger = ledger_file(policy.work, policy.name)
+    spends = Ledger(ledger, create=False).verify().count if ledger.exists() else 0
+    counts = dict(zip(data.class_names, data.train.counts(data.classes), strict=True))
+    facts: dict[str, Any] = {
+        "site": policy.name,
+        "train": len(data.train),
+        "classes": counts,
+        "small_classes": [c for c, n in counts.items() if 0 < n < policy.smallest_class],
+        "patients": data.train.patient is not None,
+        "spends": spends,
+        "waiting": [request.id for request in requests(policy) if request.decision is None],
+    }
+    if policy.unit == "patient" and not facts["patients"]:
+        raise FedistillError(
+            "no-patients", f"{file}: unit=patient, and the data do not name patients: give a manifest with that column."
+        )
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    _say(f"{policy.name}: {facts['train']} training images ({', '.join(f'{c} {n}' for c, n in counts.items())}).")
+    if facts["small_classes"]:
+        _say(f"Too small for jobs without privacy: {', '.join(facts['small_classes'])}.")
+    _say(f"{spends} entries on the ledger, {len(facts['waiting'])} sets wait for a decision.")
+
+
+@app.command()
+def pending(
+    file: Where = "site.toml",
+    everything: Annotated[bool, typer.Option("--all", help="With what was decided before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what waits for a decision."""
+    from fedistill.site.gate import requests
+
+    found = [r for r in requests(_policy(file)) if everything or r.decision is None]
+    if as_json:
+        print(json.dumps([_facts(request) for request in found], indent=1))
+        return
+    table = Table("id", "made (UTC)", "method", "images per class", "epsilon", "decision", box=None)
+    for request in found:
+        config, decision = request.job["config"], _word(request)
+        epsilon = f"{config['epsilon']:g}" if config["privacy"] == "dp" else "no guarantee"
+        made = request.made[:16].replace("T", " ")
+        table.add_row(request.id, made, config["method"], str(config["ipc"]), epsilon, decision)
+    Console(markup=False, highlight=False).print(table if found else "Nothing waits.")
+
+
+@app.command()
+def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
+    """One screen about a set: what it promises, what is in it, which job made it, and where its images are to be seen."""
+    from fedistill.config import Config
+    from fedistill.release.claim import read_claim
+    from fedistill.site.gate import request_of
+
+    request = request_of(_policy(file), name)
+    made = request.load()
+    claim, counts = read_claim(made), made.groups.bincount(minlength=len(made.class_names)).tolist()
+    plain = Config().resolved().to_dict()
+    job = {key: value for key, value in request.job["config"].items() if value != plain.get(key)}
+    facts = _facts(request) | {
+        "guarantee": claim.sentence,
+        "images": len(made),
+        "per_class": dict(zip((*made.class_names, "no finding"), counts, strict=False)),
+        "sheet": str(request.folder / "set" / "contact-sheet.png"),
+        "changed_settings": job,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    _print(f"Set {request.id}, made {request.made}: {_word(request)}")
+    _print(claim.sentence)
+    _print(f"{len(made)} images: " + ", ".join(f"{c} {n}" for c, n in facts["per_class"].items() if n))
+    for note in made.manifest[made.sites[0]].get("privacy", {}).get("not_covered", []):
+        _print(f"Not covered: {note}")
+    _print("Job: " + ", ".join(f"{key}={value}" for key, value in job.items()))
+    _print(f"Look at {facts['sheet']}")
+
+
+@app.command()
+def approve(
+    name: Id,
+    file: Where = "site.toml",
+    reason: Annotated[str, typer.Option(help="One line for the log, which stays at the site.")] = "",
+) -> None:
+    """Let a set leave."""
+    _decide(name, file, reason, approved=True)
+
+
+@app.command()
+def reject(
+    name: Id,
+    file: Where = "site.toml",
+    reason: Annotated[str, typer.Option(help="One line for the log, which stays at the site.")] = "",
+) -> None:
+    """Do not let a set leave. The server learns that it was rejected, and nothing more."""
+    _decide(name, file, reason, approved=False)
+
+
+@app.command()
+def log(file: Where = "site.toml", as_json: AsJson = False) -> None:
+    """Who let what out, or did not, and whether the record of it holds."""
+    from dataclasses import asdict
+
+    from fedistill.site.folder import site_folder
+    from fedistill.site.gate import read_log
+
+    policy = _policy(file)
+    found = read_log(site_folder(policy.work, policy.name))
+    if as_json:
+        print(json.dumps([asdict(decision) for decision in found], indent=1))
+        return
+    table = Table("time (UTC)", "set", "decision", "by", "reason", box=None)
+    for d in found:
+        table.add_row(d.time[:16].replace("T", " "), d.id, "approved" if d.approved else "rejected", d.who, d.reason)
+    Console(markup=False, highlight=False).print(table if found else "Nothing was decided yet.")
+
+
+def _decide(name: str, file: str, reason: str, *, approved: bool) -> None:
+    from fedistill.site.gate import decide, request_of
+
+    policy = _policy(file)
+    request = request_of(policy, name)
+    request.load()
+    decision = decide(policy, request.id, approved=approved, reason=reason)
+    _say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
+
+
+def _policy(file: str) -> Any:
+    from fedistill.site.policy import read_policy
+
+    return read_policy(Path(file))
+
+
+def _facts(request: Request) -> dict[str, Any]:
+    return {"id": request.id, "made": request.made, "decision": _word(request), "job": request.job}
+
+
+def _word(request: Request) -> str:
+    if request.decision is None:
+        return "waits"
+    return f"{'approved' if request.decision.approved else 'rejected'} by {request.decision.who}"
+
+
+def _say(text: str) -> None:
+    screen.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _print(text: str) -> None:
+    Console(markup=False, highlight=False).print(text, soft_wrap=True)

@@ -1,0 +1,193 @@
+"""The last door: what a site made is checked against its policy, waits for a person where the policy says so, and is written down.
+
+    <work>/site-<name>/outbox/<id>/          set/ with its contact sheet, and request.json: the job that made it
+    <work>/site-<name>/decisions.jsonl       who let what out, or did not; each line holds the hash of the one before
+
+A decision is the line in the log, and nothing else. It stands for the very bytes that were shown, since the id is their hash.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedistill.config import Config
+from fedistill.errors import FedistillError
+from fedistill.files import read_json, write_json
+from fedistill.processes import alone
+from fedistill.site.folder import site_folder
+from fedistill.site.policy import Policy
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.synthetic.store import load_set, save_set
+from fedistill.wire import encode
+
+START = "0" * 64
+POLL_SECONDS = 1.0
+BY_POLICY = "policy"
+LONGEST_REASON = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One line of the log. who: a person's account, or `BY_POLICY`. previous: SHA-256 of the line before, or `START`."""
+
+    time: str
+    id: str
+    approved: bool
+    who: str
+    reason: str
+    previous: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """A set in the outbox: its id, its folder, the settings that made it, and what was decided."""
+
+    id: str
+    folder: Path
+    made: str
+    job: dict[str, Any]
+    decision: Decision | None
+
+    def load(self) -> SyntheticSet:
+        """The set. Raises `FedistillError` where its files are not those that the id stands for."""
+        made = load_set(self.folder / "set")
+        if identity(made, self.job) != self.id:
+            raise FedistillError("bad-set", f"The files in {self.folder} were changed after the set was made.")
+        return made
+
+
+def may_leave(
+    policy: Policy, made: SyntheticSet, config: Config, *, run: str, round: int, seconds: float
+) -> SyntheticSet | None:
+    """The set as it may leave now, or None where it waits for a person, for whom the call waits about `seconds`.
+
+    Raises `FedistillError`: "policy" on a set that must not leave, "rejected" where a person said no.
+    """
+    policy.check_set(made)
+    settings = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["scope"] != "run"}
+    job = {"config": settings, "run": run, "round": round}
+    folder = site_folder(policy.work, policy.name)
+    name = identity(made, job)
+    place = folder / "outbox" / name
+    if not (place / "request.json").exists():
+        save_set(made, place / "set")
+        write_json(place / "request.json", {"made": _now(), "job": job})
+    if not policy.manual and decided(folder, name) is None:
+        decide(policy, name, approved=True, reason="", who=BY_POLICY)
+    end = time.monotonic() + seconds
+    while (decision := decided(folder, name)) is None:
+        if time.monotonic() >= end:
+            return None
+        time.sleep(min(POLL_SECONDS, max(end - time.monotonic(), 0.01)))
+    if not decision.approved:
+        raise FedistillError("rejected", "This site does not let the set leave.")
+    return made
+
+
+def identity(made: SyntheticSet, job: dict[str, Any]) -> str:
+    """Twelve digits of a hash over all that would leave, and the job."""
+    arrays, text = encode(made)
+    parts = [json.dumps(job, sort_keys=True), text]
+    found = hashlib.sha256("\n".join(parts).encode())
+    for name in sorted(arrays):
+        found.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode() + arrays[name].tobytes())
+    return found.hexdigest()[:12]
+
+
+def requests(policy: Policy) -> list[Request]:
+    """Everything that was ever made to leave, the oldest first."""
+    folder = site_folder(policy.work, policy.name)
+    last = {decision.id: decision for decision in read_log(folder)}
+    found = []
+    for file in (folder / "outbox").glob("*/request.json"):
+        about, name = read_json(file), file.parent.name
+        found.append(Request(name, file.parent, about["made"], about["job"], last.get(name)))
+    return sorted(found, key=lambda request: (request.made, request.id))
+
+
+def request_of(policy: Policy, name: str) -> Request:
+    """The request whose id begins with `name`. Raises `FedistillError` where there is none, or more than one."""
+    found = [request for request in requests(policy) if name and request.id.startswith(name)]
+    if len(found) != 1:
+        what = "No set" if not found else "More than one set"
+        raise FedistillError("no-request", f"{what} of this site has an id that begins with '{name}'.")
+    return found[0]
+
+
+def decide(policy: Policy, name: str, *, approved: bool, reason: str, who: str = "") -> Decision:
+    """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back."""
+    if len(reason) > LONGEST_REASON or "\n" in reason:
+        raise FedistillError("bad-reason", f"A reason is one line of at most {LONGEST_REASON} characters.")
+    folder = site_folder(policy.work, policy.name)
+    with alone(folder / "outbox", wait=True):
+        log = read_log(folder)
+        for before in log:
+            if before.id == name:
+                word = "approved" if before.approved else "rejected"
+                raise FedistillError("decided", f"{name} was {word} by {before.who} on {before.time}: that stands.")
+        file = folder / "decisions.jsonl"
+        decision = Decision(
+            time=_now(), id=name, approved=approved, who=who or _account(), reason=reason, previous=_last(file)
+        )
+        with open(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0) as out:
+            torn = file.read_bytes().rpartition(b"\n")[2]
+            out.truncate(out.tell() - len(torn))  # a line that a killed process did not finish decided nothing
+            out.write(_line(decision))
+            os.fsync(out.fileno())
+    return decision
+
+
+def decided(folder: Path, name: str) -> Decision | None:
+    return next((decision for decision in read_log(folder) if decision.id == name), None)
+
+
+def read_log(folder: Path) -> list[Decision]:
+    """The decisions in a site's folder, the oldest first. Raises `FedistillError` ("broken-log") where a line was changed,
+    removed, put in or moved; that the newest ones were cut off does not show."""
+    file = folder / "decisions.jsonl"
+    found: list[Decision] = []
+    previous = START
+    for place, line in enumerate(_lines(file), 1):
+        try:
+            decision = Decision(**json.loads(line))
+        except (ValueError, TypeError):
+            decision = None
+        if decision is None or decision.previous != previous or _line(decision) != line:
+            raise FedistillError("broken-log", f"Line {place} of {file} is not as it was written: nothing leaves.")
+        found.append(decision)
+        previous = hashlib.sha256(line).hexdigest()
+    return found
+
+
+def _lines(file: Path) -> Sequence[bytes]:
+    whole = file.read_bytes() if file.exists() else b""
+    return whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _last(file: Path) -> str:
+    lines = _lines(file)
+    return hashlib.sha256(lines[-1]).hexdigest() if lines else START
+
+
+def _line(decision: Decision) -> bytes:
+    return json.dumps(asdict(decision), sort_keys=True).encode() + b"\n"
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # an account without a name
+        return f"account {os.getuid()}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,249 @@
+"""What a site allows, in a file of its own (`site.toml`) that no server can change.
+
+    [site]                              [privacy]                       [release]
+    name = "north"                      required = true                 manual = true
+    data = "/srv/north/study.csv"       unit = "patient"                largest_set = 500
+    work = "/srv/fedistill"             max_epsilon = 3.0               smallest_class = 20
+                                        max_delta = 1e-4                answers = false
+    [jobs]                              lifetime_epsilon = 10.0
+    method = ["sketch", "ptm"]          lifetime_delta = 1e-4
+    ipc = { from = 1, to = 50 }
+
+Only [site] is needed. A job is checked before anything is said or done, and what it made once more before it leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fedistill.config import Config
+from fedistill.data.dataset import Dataset
+from fedistill.errors import FedistillError, unknown
+from fedistill.privacy.ledger import Cap, cap_of
+from fedistill.privacy.plan import delta_of, records_of
+from fedistill.release.claim import UNITS as CLAIMED
+from fedistill.release.claim import read_claim
+from fedistill.synthetic.set import SyntheticSet
+
+UNITS = tuple(CLAIMED)  # the weakest first
+JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both allowed."""
+
+    low: float
+    high: float
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Any of some values."""
+
+    values: tuple[Any, ...]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return " or ".join(map(str, self.values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A site's name, data and work folder, and what it allows.
+
+    required: jobs without differential privacy are refused. unit: the least that a job has to protect. max_epsilon, max_delta: of
+    one job. cap: over the site's lifetime. manual: what was made waits for a person. largest_set: synthetic images.
+    answers: whether counts of right answers on held-out images may leave.
+    smallest_class: real images; what is smaller takes no part in a job without privacy, in which its images would show. (With
+    privacy noise hides them, and leaving a class out would tell its size.) jobs: what a job's settings may be.
+    """
+
+    name: str
+    data: str
+    work: Path
+    required: bool = False
+    unit: str = UNITS[0]
+    max_epsilon: float = math.inf
+    max_delta: float = 1.0
+    cap: Cap | None = None
+    manual: bool = False
+    largest_set: int | None = None
+    smallest_class: int = 0
+    answers: bool = True
+    jobs: Mapping[str, Range | Choice] = field(default_factory=dict)
+
+    def check_job(self, config: Config) -> None:
+        """Raise `FedistillError` ("policy") on a job that the site does not take part in."""
+        if self.required and config.privacy != "dp":
+            _refuse("This site takes part with privacy=dp only.")
+        if config.privacy == "dp" and UNITS.index(config.unit) < UNITS.index(self.unit):
+            _refuse(f"unit={config.unit} is not enough for this site: it takes part with unit={self.unit}.")
+        for name in ("epsilon", "eval_epsilon"):
+            if getattr(config, name) > self.max_epsilon:
+                _refuse(
+                    f"{name}={getattr(config, name):g} is more than this site gives to one job: {self.max_epsilon:g}."
+                )
+        for name, allowed in self.jobs.items():
+            if getattr(config, name) not in allowed:
+                _refuse(f"{name}={getattr(config, name)} is not allowed at this site: {allowed}.")
+
+    def check_data(self, config: Config, data: Dataset) -> Dataset:
+        """The data that take part in a job: without classes that are too small.
+
+        Raises `FedistillError` ("policy") where nothing is left, where images have several findings, and on a job whose set could
+        not leave: before anything is spent on it.
+        """
+        if self.largest_set is not None and config.ipc * data.classes > self.largest_set:
+            _refuse(
+                f"ipc={config.ipc} makes {config.ipc * data.classes} images, and at most {self.largest_set} may leave this site."
+            )
+        if config.privacy == "dp":
+            delta = delta_of(config, records_of(data.train, config.unit))
+            if delta > self.max_delta:
+                _refuse(f"delta={delta:g} is more than this site gives to one job: {self.max_delta:g}.")
+            return data
+        if not self.smallest_class:
+            return data
+        if data.kind == "multilabel":
+            _refuse("This site has a limit of images per class, and they have several findings: it takes privacy=dp.")
+        counts = torch.tensor(data.train.counts(data.classes))
+        kept = counts[data.train.labels] >= self.smallest_class
+        if not kept.any():
+            _refuse("No class of this site is as large as it demands of a job without privacy.")
+        return dataclasses.replace(data, train=data.train.take(kept.nonzero().flatten()))
+
+    def check_set(self, made: SyntheticSet) -> None:
+        """Raise `FedistillError` ("policy") on a set that must not leave, whatever the job said of it."""
+        if self.largest_set is not None and len(made) > self.largest_set:
+            _refuse(f"The set has {len(made)} images, and at most {self.largest_set} may leave this site.")
+        if made.sites != (self.name,):
+            _refuse("The set is not only this site's.")
+        claim = read_claim(made)
+        if claim.real:
+            _refuse("The set holds real images, or began with them.")
+        if claim.epsilon is None or claim.delta is None:
+            if self.required:
+                _refuse("The set has no formal guarantee, and this site lets nothing else leave.")
+            return
+        if claim.epsilon > self.max_epsilon or claim.delta > self.max_delta:
+            _refuse(
+                f"The set promises epsilon={claim.epsilon:.3f} at delta={claim.delta:g}, and this site allows "
+                f"{self.max_epsilon:g} at {self.max_delta:g}."
+            )
+        if UNITS.index(claim.unit) < UNITS.index(self.unit):
+            _refuse(f"The set protects every {claim.unit}, and this site demands it of every {self.unit}.")
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a file. Raises `FedistillError` ("site-config") on anything that is not understood: a limit with a slip in
+    its name would be no limit."""
+    try:
+        parts = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FedistillError("site-config", f"{path} is not a readable TOML file: {error}.") from None
+    try:
+        return _policy(parts)
+    except FedistillError as error:
+        raise FedistillError("site-config", f"{path}: {error.sentence}") from None
+
+
+_KNOWN: dict[str, dict[str, type]] = {
+    "site": {"name": str, "data": str, "work": str},
+    "privacy": {
+        "required": bool,
+        "unit": str,
+        "max_epsilon": float,
+        "max_delta": float,
+        "lifetime_epsilon": float,
+        "lifetime_delta": float,
+    },
+    "release": {"manual": bool, "largest_set": int, "smallest_class": int, "answers": bool},
+}
+_WORDS = {str: "text", bool: "true or false", float: "a number above 0", int: "a whole number above 0"}
+
+
+def _policy(parts: Mapping[str, Any]) -> Policy:
+    for part, values in parts.items():
+        if part not in _KNOWN and part != "jobs":
+            raise unknown("table", part, [*_KNOWN, "jobs"])
+        if not isinstance(values, dict):
+            _wrong(f"{part} is no table: write [{part}].")
+    found = {part: _typed(part, parts.get(part, {})) for part in _KNOWN}
+    site, privacy = found["site"], found["privacy"]
+    if missing := [key for key in _KNOWN["site"] if not site.get(key)]:
+        _wrong(f"[site] lacks {', '.join(missing)}.")
+    if not Path(site["work"]).is_absolute():  # from another folder it would be an empty one, with a new ledger
+        _wrong(f"work={site['work']} must be an absolute path: the ledger lies there.")
+    if privacy.get("unit", UNITS[0]) not in UNITS:
+        raise unknown("unit", privacy["unit"], UNITS)
+    cap = cap_of(privacy.pop("lifetime_epsilon", None), privacy.pop("lifetime_delta", None))
+    if privacy.get("required") and cap is None:
+        _wrong(
+            "[privacy] required bounds one job, and a server can send many: give lifetime_epsilon and lifetime_delta too."
+        )
+    if not privacy.get("required") and (cap is not None or set(privacy) - {"required"}):
+        _wrong("Limits in [privacy] mean nothing for jobs without it: add required = true.")
+    jobs = {name: _allowed(name, value) for name, value in parts.get("jobs", {}).items()}
+    return Policy(
+        name=site["name"],
+        data=site["data"],
+        work=Path(site["work"]),
+        cap=cap,
+        jobs=jobs,
+        **privacy,
+        **found["release"],
+    )
+
+
+def _typed(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = _KNOWN[part]
+    for key, value in values.items():
+        if key not in kinds:
+            raise unknown(f"key of [{part}]", key, kinds)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        right = {float: number, int: number and isinstance(value, int)}.get(kinds[key], isinstance(value, kinds[key]))
+        if not right:
+            _wrong(f"[{part}] {key}={value!r} is not {_WORDS[kinds[key]]}.")
+    return dict(values)
+
+
+def _allowed(name: str, value: Any) -> Range | Choice:
+    """What [jobs] says of one setting."""
+    if name not in JOB_KEYS:
+        raise unknown("setting of a job", name, JOB_KEYS)
+    if isinstance(value, dict) and set(value) == {"from", "to"} and all(_is_number(v) for v in value.values()):
+        return Range(value["from"], value["to"])
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        return Choice(tuple(value))
+    raise FedistillError(
+        "site-config", f"[jobs] {name}={value!r} is neither a list of values nor {{ from = 1, to = 9 }}."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    raise FedistillError("policy", sentence)
+
+
+def _wrong(sentence: str) -> NoReturn:
+    raise FedistillError("site-config", sentence)

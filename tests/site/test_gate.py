@@ -1,0 +1,225 @@
+"""The last door: nothing leaves undecided, decisions stand, and the log of them holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from test_policy import NOTHING, POLICY
+
+from fedistill import cli
+from fedistill.commands import site as command
+from fedistill.config import make_config
+from fedistill.errors import FedistillError
+from fedistill.site import gate
+from fedistill.site.folder import site_folder
+from fedistill.site.gate import decide, decided, may_leave, read_log, request_of, requests
+from fedistill.site.policy import Policy
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.wire import decode, encode, quantise
+
+CONFIG = make_config({"method": "ptm", "ipc": 2}).resolved()
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Policy:
+    return dataclasses.replace(POLICY, work=tmp_path / "work", manual=True)
+
+
+@pytest.fixture
+def made() -> SyntheticSet:
+    return quantise(dataclasses.replace(NOTHING, images=torch.randn(4, 1, 16, 16)))
+
+
+def ask(policy: Policy, made: SyntheticSet, run: str = "r", seconds: float = 0.0) -> SyntheticSet | None:
+    return may_leave(policy, made, CONFIG, run=run, round=1, seconds=seconds)
+
+
+def test_nothing_leaves_before_somebody_decided(policy: Policy, made: SyntheticSet) -> None:
+    assert ask(policy, made) is None
+    assert ask(policy, made) is None
+    (request,) = requests(policy)
+    assert request.decision is None
+    assert torch.equal(request.load().images, made.images)
+    assert (request.folder / "set" / "contact-sheet.png").exists()
+    decide(policy, request.id, approved=True, reason="looked at it")
+    assert ask(policy, made) is made
+    assert ask(policy, made, run="another job") is None
+
+
+def test_a_rejected_set_never_leaves_and_the_reason_stays(policy: Policy, made: SyntheticSet) -> None:
+    ask(policy, made)
+    decide(policy, requests(policy)[0].id, approved=False, reason="Mrs Miller can be recognised")
+    with pytest.raises(FedistillError, match="does not let the set leave") as caught:
+        ask(policy, made)
+    assert caught.value.code == "rejected"
+    assert "Miller" not in caught.value.sentence
+
+
+def test_a_decision_stands(policy: Policy, made: SyntheticSet) -> None:
+    ask(policy, made)
+    name = requests(policy)[0].id
+    decide(policy, name, approved=False, reason="", who="anna")
+    with pytest.raises(FedistillError, match=r"was rejected by anna on .*: that stands"):
+        decide(policy, name, approved=True, reason="")
+    for reason in ("x" * 501, "two\nlines"):
+        with pytest.raises(FedistillError, match="A reason is one line"):
+            decide(policy, "0" * 12, approved=True, reason=reason)
+
+
+def test_the_decision_is_about_the_bytes_that_were_shown(policy: Policy, made: SyntheticSet) -> None:
+    ask(policy, made)
+    decide(policy, requests(policy)[0].id, approved=True, reason="")
+    other = quantise(dataclasses.replace(made, images=made.images + 0.5 * torch.randn(made.images.shape)))
+    assert ask(policy, other) is None
+    travelled = decode(*encode(made))  # what is approved is what the server gets
+    assert ask(policy, travelled) is travelled
+
+
+def test_a_changed_file_is_noticed(policy: Policy, made: SyntheticSet) -> None:
+    ask(policy, made)
+    request = requests(policy)[0]
+    manifest = request.folder / "set" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("No formal guarantee.", "All is well......."))
+    with pytest.raises(FedistillError, match="were changed after the set was made"):
+        request.load()
+
+
+def test_what_the_policy_forbids_is_not_even_shown(policy: Policy, made: SyntheticSet) -> None:
+    with pytest.raises(FedistillError, match="at most 3 may leave"):
+        ask(dataclasses.replace(policy, largest_set=3), made)
+    assert requests(policy) == []
+
+
+def test_the_policy_itself_decides_where_it_may_and_that_is_written_down(policy: Policy, made: SyntheticSet) -> None:
+    easy = dataclasses.replace(policy, manual=False)
+    assert ask(easy, made) is made
+    assert ask(easy, made) is made
+    (decision,) = read_log(site_folder(policy.work, "north"))
+    assert (decision.who, decision.approved) == (gate.BY_POLICY, True)
+
+
+def test_a_call_waits_for_a_decision(policy: Policy, made: SyntheticSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "POLL_SECONDS", 0.02)
+    ask(policy, made)
+    name = requests(policy)[0].id
+    threading.Timer(0.2, lambda: decide(policy, name, approved=True, reason="")).start()
+    assert ask(policy, made, seconds=60.0) is made
+
+
+def log_of(policy: Policy, decisions: int = 3) -> Path:
+    for k in range(decisions):
+        decide(policy, f"{k:012d}", approved=True, reason=f"number {k}", who="anna")
+    return site_folder(policy.work, "north") / "decisions.jsonl"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("change", ["field", "remove", "double", "spaces", "extra"])
+def test_a_log_that_was_changed_stops_everything(policy: Policy, change: str, place: int) -> None:
+    file = log_of(policy, 4)
+    lines = file.read_bytes().splitlines(keepends=True)
+    line = lines[place]
+    lines[place : place + 1] = {
+        "field": [line.replace(b"true", b"false")],
+        "remove": [],
+        "double": [line, line],
+        "spaces": [line.replace(b", ", b",  ")],
+        "extra": [json.dumps(json.loads(line) | {"more": 1}).encode() + b"\n"],
+    }[change]
+    file.write_bytes(b"".join(lines))
+    with pytest.raises(FedistillError, match="is not as it was written: nothing leaves") as caught:
+        decided(file.parent, "0" * 12)
+    assert caught.value.code == "broken-log"
+    with pytest.raises(FedistillError, match="nothing leaves"):
+        decide(policy, "f" * 12, approved=True, reason="")
+
+
+def test_every_stump_of_a_last_line_decides_nothing(policy: Policy) -> None:
+    file = log_of(policy)
+    whole = file.read_bytes()
+    last = len(whole) - len(whole.splitlines(keepends=True)[-1])
+    for cut in range(last, len(whole)):
+        file.write_bytes(whole[:cut])
+        assert [d.id for d in read_log(file.parent)] == ["0" * 12, "0" * 11 + "1"]
+    decide(policy, "f" * 12, approved=False, reason="after the crash", who="anna")
+    assert [d.id for d in read_log(file.parent)][2:] == ["f" * 12]
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_ids_may_be_cut_short_but_not_guessed(policy: Policy, made: SyntheticSet) -> None:
+    ask(policy, made)
+    name = requests(policy)[0].id
+    assert request_of(policy, name[:6]).id == name
+    for wrong in ("", "zzzz"):
+        with pytest.raises(FedistillError, match="No set of this site"):
+            request_of(policy, wrong)
+
+
+@pytest.fixture
+def file(policy: Policy, tmp_path: Path) -> str:
+    path = tmp_path / "site.toml"
+    path.write_text(
+        f'[site]\nname = "north"\ndata = "phantom"\nwork = "{policy.work}"\n[release]\nmanual = true\nsmallest_class = 220\n'
+    )
+    return str(path)
+
+
+def say(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = 0
+    try:
+        cli.app(["site", *words], standalone_mode=False)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_an_officer_looks_and_decides(
+    policy: Policy, made: SyntheticSet, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask(policy, made)
+    name = requests(policy)[0].id
+    assert name in say(capsys, "pending", "--site", file)[1]
+    shown = say(capsys, "show", name, "--site", file)[1]
+    for expected in ("No formal guarantee", "4 images: a 2, b 2", "method=ptm", "contact-sheet.png", ": waits"):
+        assert expected in shown
+    facts = json.loads(say(capsys, "show", name, "--json", "--site", file)[1])
+    assert facts["per_class"] == {"a": 2, "b": 2}
+    assert Path(facts["sheet"]).exists()
+    assert "is rejected by" in say(capsys, "reject", name[:5], "--reason", "too few", "--site", file)[2]
+    assert say(capsys, "pending", "--site", file)[1].strip() == "Nothing waits."
+    assert "rejected by" in say(capsys, "pending", "--all", "--site", file)[1]
+    told = json.loads(say(capsys, "log", "--json", "--site", file)[1])
+    assert [(d["id"], d["approved"], d["reason"]) for d in told] == [(name, False, "too few")]
+    with pytest.raises(FedistillError, match="that stands"):
+        say(capsys, "approve", name, "--site", file)
+
+
+def test_a_policy_to_begin_with_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    say(capsys, "init", "--name", 'Nörd "1"', "--data", "phantom", "--work", "work")
+    policy = command._policy("site.toml")
+    assert (policy.name, policy.data, policy.work) == ('Nörd "1"', "phantom", tmp_path / "work")
+    assert policy.manual
+    assert policy.required
+    with pytest.raises(FedistillError, match="exists already"):
+        say(capsys, "init", "--name", "n", "--data", "phantom", "--work", "work")
+    told = json.loads(say(capsys, "check", "--json")[1])
+    assert (told["site"], told["spends"], told["waiting"]) == ('Nörd "1"', 0, [])
+
+
+def test_check_says_what_does_not_fit(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, said = say(capsys, "check", "--site", file)
+    assert "Too small for jobs without privacy" in said
+    text = Path(file).read_text()
+    Path(file).write_text(
+        text + '[privacy]\nrequired = true\nunit = "patient"\nlifetime_epsilon = 1\nlifetime_delta = 1e-3\n'
+    )
+    with pytest.raises(FedistillError, match="the data do not name patients"):
+        say(capsys, "check", "--site", file)
