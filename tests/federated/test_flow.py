@@ -216,7 +216,7 @@ def test_changed_data_are_noticed_when_a_run_goes_on(finished: Path, tmp_path: P
 def test_an_error_about_files_stays_at_a_real_site(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path,label\nMueller_Anna_1957.png,a\n")
     nodes = deployed(tmp_path, ["north", "south", "east"])
-    nodes[0]["data"] = str(tmp_path / "m.csv")
+    nodes[0] = real_site("north", tmp_path / "disk-0", str(tmp_path / "m.csv"))
     run(tmp_path / "run", nodes=nodes, sites=3, server_data="none")
     everything = "".join(p.read_text() for p in (tmp_path / "run").rglob("*.json*"))
     assert "Mueller" not in everything
