@@ -55,23 +55,59 @@ ipc = {{ from = 1, to = 50 }}
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Option(help="What the site is called.")],
     data: Annotated[str, typer.Option(help="An image folder, a .csv manifest or an .npz file.")],
     work: Annotated[str, typer.Option(help="Folder for experts, sets and the ledger.")],
+    name: Annotated[str | None, typer.Option(help="What the site is called, where there is no kit.")] = None,
+    kit: Annotated[str | None, typer.Option(help="The kit of the server's operator.")] = None,
     file: Where = "site.toml",
 ) -> None:
-    """Write a careful policy to begin with, to be read and changed by people."""
+    """Write a careful policy to begin with, to be read and changed by people; with a kit, make the site's key too."""
+    from fedistill.deploy import make_site_key, read_kit
+    from fedistill.files import write_bytes
+
+    if (name is None) == (kit is None):
+        raise FedistillError(
+            "name-or-kit", "A site has its name from --kit, or from --name where there is no server yet."
+        )
     place = Path(file)
     if place.exists():
         raise FedistillError("exists", f"{file} exists already: edit it, or choose another --site.")
     absolute = Path(data).expanduser().absolute()
-    words = {"name": name, "data": str(absolute) if absolute.exists() else data, "work": str(Path(work).absolute())}
-    from fedistill.files import write_bytes
-
-    write_bytes(
-        place, TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()}).encode()
-    )
+    found = read_kit(Path(kit)) if kit is not None else None
+    called = found.name if found is not None else str(name)
+    words = {"name": called, "data": str(absolute) if absolute.exists() else data, "work": str(Path(work).absolute())}
+    text = TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()})
+    if found is not None:
+        write_bytes(place.with_name("ca.crt"), found.authority)
+        public = make_site_key(place.with_name(f"{called}.key"))
+        text += f'\n[connection]\nserver = "{found.address}"\nauthority = "ca.crt"\nkey = "{called}.key"\n'
+        _say(f"The fingerprint of the kit is {found.fingerprint}: the operator must say the same over the telephone.")
+        _say(f"Send {public} to the operator.")
+    write_bytes(place, text.encode())
     _say(f"{file} is written: read it, change it, then `fedistill site check`.")
+
+
+@app.command()
+def start(
+    file: Where = "site.toml",
+    port: Annotated[
+        int, typer.Option(help="Port on this machine alone, for Flower's own use.", min=1, max=65535)
+    ] = 9094,
+) -> None:
+    """Connect to the server and work for it until stopped. What was begun goes on after the next start."""
+    import os
+
+    from fedistill.deploy import environment, node_command
+
+    policy, place = _policy(file), Path(file).absolute()
+    link = policy.connection
+    if link is None:
+        raise FedistillError("no-connection", f"{file} has no [connection]: `fedistill site init --kit` writes one.")
+    for needed in (link.authority, link.key):
+        if not needed.is_file():
+            raise FedistillError("no-file", f"{needed} is not there, and [connection] in {file} names it.")
+    command = node_command(place, link.server, link.authority, link.key, port)
+    os.execvpe(command[0], command, environment(place.with_name("flower")))
 
 
 @app.command()

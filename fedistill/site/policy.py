@@ -7,9 +7,13 @@
                                         max_delta = 1e-4                answers = false
     [jobs]                              lifetime_epsilon = 10.0
     method = ["sketch", "ptm"]          lifetime_delta = 1e-4
-    ipc = { from = 1, to = 50 }
+    ipc = { from = 1, to = 50 }         [connection]
+                                        server = "fedistill.example.org:443"
+                                        authority = "ca.crt"
+                                        key = "north.key"
 
-Only [site] is needed. A job is checked before anything is said or done, and what it made once more before it leaves.
+Only [site] is needed; files of [connection] lie beside this one. A job is checked before anything is said or
+done, and what it made once more before it leaves.
 """
 
 from __future__ import annotations
@@ -65,6 +69,15 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Connection:
+    """The server's address, "host:port", the certificate of its authority, and the site's private key."""
+
+    server: str
+    authority: Path
+    key: Path
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """A site's name, data and work folder, and what it allows.
 
@@ -88,6 +101,7 @@ class Policy:
     smallest_class: int = 0
     answers: bool = True
     jobs: Mapping[str, Range | Choice] = field(default_factory=dict)
+    connection: Connection | None = None
 
     def check_job(self, config: Config) -> None:
         """Raise `FedistillError` ("policy") on a job that the site does not take part in."""
@@ -159,7 +173,7 @@ def read_policy(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FedistillError("site-config", f"{path} is not a readable TOML file: {error}.") from None
     try:
-        return _policy(parts)
+        return _policy(parts, path.absolute().parent)
     except FedistillError as error:
         raise FedistillError("site-config", f"{path}: {error.sentence}") from None
 
@@ -174,12 +188,13 @@ _KNOWN: dict[str, dict[str, type]] = {
         "lifetime_epsilon": float,
         "lifetime_delta": float,
     },
+    "connection": {"server": str, "authority": str, "key": str},
     "release": {"manual": bool, "largest_set": int, "smallest_class": int, "answers": bool},
 }
 _WORDS = {str: "text", bool: "true or false", float: "a number above 0", int: "a whole number above 0"}
 
 
-def _policy(parts: Mapping[str, Any]) -> Policy:
+def _policy(parts: Mapping[str, Any], beside: Path) -> Policy:
     for part, values in parts.items():
         if part not in _KNOWN and part != "jobs":
             raise unknown("table", part, [*_KNOWN, "jobs"])
@@ -200,6 +215,9 @@ def _policy(parts: Mapping[str, Any]) -> Policy:
         )
     if not privacy.get("required") and (cap is not None or set(privacy) - {"required"}):
         _wrong("Limits in [privacy] mean nothing for jobs without it: add required = true.")
+    connection = found["connection"]
+    if connection and set(connection) != set(_KNOWN["connection"]):
+        _wrong("[connection] needs server, authority and key.")
     jobs = {name: _allowed(name, value) for name, value in parts.get("jobs", {}).items()}
     return Policy(
         name=site["name"],
@@ -207,6 +225,11 @@ def _policy(parts: Mapping[str, Any]) -> Policy:
         work=Path(site["work"]),
         cap=cap,
         jobs=jobs,
+        connection=Connection(
+            server=connection["server"], authority=beside / connection["authority"], key=beside / connection["key"]
+        )
+        if connection
+        else None,
         **privacy,
         **found["release"],
     )

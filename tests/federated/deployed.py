@@ -1,9 +1,8 @@
-"""A SuperLink with TLS, and SuperNodes with keys of their own, on this machine: what a real federation is made of."""
+"""A server and its sites on this machine, set up and run with the commands that operators and hospitals use."""
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
+import json
 import os
 import re
 import signal
@@ -12,17 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-
-BIN = Path(sys.executable).parent
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-PLAIN = serialization.NoEncryption()
+PROGRAM = str(Path(sys.executable).parent / "fedistill")
+SECONDS = 120.0  # that a program may take to start
 
 
 def free_port() -> int:
@@ -31,19 +25,30 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-class Federation:
-    """Use it as a context: its processes end with it. `folder` holds keys, logs, and what Flower keeps."""
+def fedistill(*words: object) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(
+        [PROGRAM, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        env=os.environ | {"COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
-    def __init__(self, folder: Path, policies: Mapping[str, Path]) -> None:
-        self.folder, self._policies, self._port = folder, policies, free_port()
+
+class Federation:
+    """Use it as a context: its processes end with it. sites: name -> data; rules: name -> text that takes the place of the
+    policy's tables after [site], but for [connection]."""
+
+    def __init__(self, folder: Path, sites: Mapping[str, Path], rules: Mapping[str, str]) -> None:
+        self.server, self.folder = folder / "server", folder
+        self._sites, self._rules = sites, rules
         self._running: list[subprocess.Popen[bytes]] = []
-        for name in ("user", "link", *policies):
-            (folder / name).mkdir(parents=True)
-        _certificates(folder)
-        (folder / "user/config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self._port}"\n'
-            f'root-certificates = "{folder}/ca.crt"\n'
-        )
+
+    def policy(self, name: str) -> Path:
+        return self.folder / name / "site.toml"
 
     def __enter__(self) -> Federation:
         try:
@@ -54,33 +59,28 @@ class Federation:
         return self
 
     def _begin(self) -> None:
-        tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
-        link = [
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self._port),
-            *tls,
-            "--enable-supernode-auth",
-            "--database",
-            "state.db",
-        ]
-        self._start(
-            "link", ["flower-superlink", *link, "--disable-runtime-dependency-installation"], "startup complete"
+        self.folder.mkdir()
+        port = free_port()
+        fedistill("server", "init", self.server, "--address", f"127.0.0.1:{port}", "--port", port)
+        self._start("server", ["server", "start", self.server], "startup complete")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._admit, self._sites))
+
+    def _admit(self, name: str) -> None:
+        told = fedistill("server", "add-site", self.server, name)
+        kit, place, policy = self.server / "kits" / f"{name}.zip", self.folder / name, self.policy(name)
+        place.mkdir()
+        heard = fedistill(
+            "site", "init", "--kit", kit, "--data", self._sites[name], "--work", place / "work", "--site", policy
         )
-        for name, policy in self._policies.items():
-            _site_key(self.folder / f"{name}.key")
-            self.flwr("supernode", "register", str(self.folder / f"{name}.key.pub"), "here", "--name", name)
-            here = [
-                "--superlink",
-                f"127.0.0.1:{self._port}",
-                "--root-certificates",
-                "ca.crt",
-                "--port",
-                str(free_port()),
-            ]
-            mine = ["--auth-supernode-private-key", f"{name}.key", "--node-config", f'site-config="{policy}"']
-            self._start(name, ["flower-supernode", *here, *mine], "SuperNode ID")
+        fingerprint = re.findall(r"[0-9a-f]{4}(?: [0-9a-f]{4}){3}", told)
+        assert fingerprint
+        assert fingerprint[0] in heard
+        head, _, rest = policy.read_text().partition("[privacy]")
+        policy.write_text("\n".join([head, self._rules[name], rest[rest.index("[connection]") :]]))
+        fedistill("site", "check", "--site", policy)
+        fedistill("server", "admit", self.server, name, place / f"{name}.key.pub")
+        self._start(name, ["site", "start", "--site", policy, "--port", free_port()], "SuperNode ID")
 
     def __exit__(self, *_: object) -> None:
         for process in reversed(self._running):
@@ -90,69 +90,31 @@ class Federation:
                 continue
             process.wait()
 
-    def run(self, app: Path, settings: Mapping[str, Any], out: Path, seconds: float) -> None:
-        """Run the app and wait until its folder holds a summary; raises `TimeoutError`, with the logs, where it does not."""
-        words = {**settings, "out": str(out)}
-        said = " ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in words.items())
-        self.flwr("run", str(app), "here", "-c", said)
-        end = time.monotonic() + seconds
+    def run(self, name: str, settings: Mapping[str, Any], seconds: float) -> Path:
+        """Run a job to its end: its folder. Raises `TimeoutError`, with the logs, where it has no summary by then."""
+        job = self.folder / f"{name}.toml"
+        job.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items()))
+        fedistill("server", "run", self.server, job)
+        out, end = self.server / "runs" / name, time.monotonic() + seconds
         while not (out / "summary.json").exists():
             if time.monotonic() > end or (out / "error.json").exists():
                 raise TimeoutError("\n".join(log.read_text()[-2000:] for log in sorted(self.folder.glob("*.log"))))
             time.sleep(0.2)
+        return out
 
-    def flwr(self, *words: str) -> str:
-        env = os.environ | QUIET | {"FLWR_HOME": str(self.folder / "user"), "COLUMNS": "200"}
-        done = subprocess.run([BIN / "flwr", *words], env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def _start(self, name: str, words: Sequence[str], ready: str) -> None:
+    def _start(self, name: str, words: Sequence[object], ready: str) -> None:
         log = self.folder / f"{name}.log"
-        env = (
-            os.environ
-            | QUIET
-            | {"FLWR_HOME": str(self.folder / name), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-        )
         with open(log, "wb") as file:
             process = subprocess.Popen(
-                [BIN / words[0], *words[1:]], cwd=self.folder, env=env, stdout=file, stderr=file, start_new_session=True
+                [PROGRAM, *map(str, words)],
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
         self._running.append(process)
-        end = time.monotonic() + 120
+        end = time.monotonic() + SECONDS
         while not re.search(ready, log.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() > end:
                 raise TimeoutError(f"{name} did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.1)
-
-
-def _certificates(folder: Path) -> None:
-    """An authority, and a certificate of this machine's loopback address by it."""
-    now = datetime.datetime.now(datetime.UTC)
-    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)]) for who in ("fedistill test CA", "localhost")]
-    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    addresses = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    extensions: dict[str, list[tuple[x509.ExtensionType, bool]]] = {
-        "ca": [(x509.BasicConstraints(ca=True, path_length=None), True)],
-        "server": [(x509.SubjectAlternativeName(addresses), False)],
-    }
-    for file, name, key in (("ca", names[0], authority), ("server", names[1], server)):
-        made = x509.CertificateBuilder(names[0], name, key.public_key(), x509.random_serial_number())
-        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(
-            now + datetime.timedelta(days=1)
-        )
-        for extension, critical in extensions[file]:
-            made = made.add_extension(extension, critical)
-        signed = made.sign(authority, hashes.SHA384())
-        (folder / f"{file}.crt").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    (folder / "server.key").write_bytes(
-        server.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, PLAIN)
-    )
-
-
-def _site_key(path: Path) -> None:
-    key, ssh = ec.generate_private_key(ec.SECP384R1()), serialization.Encoding.OpenSSH
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, PLAIN))
-    path.with_name(f"{path.name}.pub").write_bytes(
-        key.public_key().public_bytes(ssh, serialization.PublicFormat.OpenSSH)
-    )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from deployed import Federation
-from localgrid import LocalGrid, real_site, serve
+from deployed import Federation, fedistill
+from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
 from fedistill.config import make_config
@@ -19,9 +18,6 @@ from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.files import read_json
-from fedistill.simulation import app_folder
-from fedistill.site.gate import decide, read_log, requests
-from fedistill.site.policy import read_policy
 from fedistill.synthetic.store import load_set
 
 SETTINGS = {
@@ -45,35 +41,42 @@ def test_three_hospitals_over_tls_make_what_the_simulation_makes(tmp_path: Path)
     data = load_data(whole.resolved())
     parts = partition(data, whole.resolved())
     files = {name: tmp_path / f"{name}.npz" for name in parts.names}
-    policies = {}
-    for place, (name, file) in enumerate(files.items()):
+    for place, file in enumerate(files.values()):
         write_npz(file, parts.at(data, place))
-        manual = {"release": {"manual": True}} if place == 0 else {}
-        policies[name] = Path(real_site(name, tmp_path / f"work-{name}", str(file), **manual)["site-config"])
-    careful = read_policy(policies[parts.names[0]])
+    first, *others = parts.names
+    rules = dict.fromkeys(others, "") | {first: "[release]\nmanual = true\n"}
+    federation = Federation(tmp_path / "federation", files, rules)
     done = threading.Event()
 
     def officer() -> None:
-        while not done.wait(0.2):
-            for request in requests(careful):
-                time.sleep(1)  # the server hears that it waits
-                decide(careful, request.id, approved=True, reason="seen", who="officer")
+        while not done.wait(0.5):
+            if not federation.policy(first).exists():
+                continue
+            for request in json.loads(fedistill("site", "pending", "--json", "--site", federation.policy(first))):
+                fedistill("site", "approve", request["id"], "--reason", "seen", "--site", federation.policy(first))
                 return
 
     person = threading.Thread(target=officer)
-    person.start()
-    out = tmp_path / "run"
     try:
-        with Federation(tmp_path / "federation", policies) as federation:
-            federation.run(app_folder(), SETTINGS | {"server_data": "none", "slice_seconds": 30.0}, out, 240)
+        with federation:
+            person.start()
+            out = federation.run("first", SETTINGS | {"slice_seconds": 30.0}, 240)
+            told = json.loads(fedistill("server", "status", federation.server, "first", "--json"))
+            nodes = json.loads(fedistill("server", "sites", federation.server, "--json"))
     finally:
         done.set()
         person.join()
-    assert [d.who for d in read_log(careful.work / f"site-{parts.names[0]}")] == ["officer"]
+    assert told["finished"]
+    assert {site: line["status"] for site, line in told["sites"].items()} == dict.fromkeys(
+        [*parts.names, "server"], "done"
+    )
+    assert [node["status"] for node in nodes["nodes"]] == ["online"] * 3
+    log = json.loads(fedistill("site", "log", "--json", "--site", federation.policy(first)))
+    assert [(d["approved"], d["reason"]) for d in log] == [(True, "seen")]
     summary = read_json(out / "summary.json")
     assert {site["status"] for site in summary["sites"]} == {"ok"}
     assert summary["arms"]["distilled"]["accuracy"]["mean"] is not None
-    assert "/work-" not in json.dumps(summary)
+    assert str(tmp_path / "federation" / first) not in json.dumps(summary)
 
     config = make_config(whole.to_dict() | {"out": str(tmp_path / "simulated")}).resolved()
     serve(LocalGrid(client_app, [{"partition-id": place} for place in range(3)]), config)

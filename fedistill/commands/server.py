@@ -1,0 +1,203 @@
+"""`fedistill server ...`: what the operator of a federation does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedistill.commands.shared import AsJson, screen
+from fedistill.errors import FedistillError
+
+if TYPE_CHECKING:
+    from fedistill.deploy import Server
+
+app = typer.Typer(
+    help="For the operator: set up a server, admit sites, run jobs.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The server's folder.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")]
+STARTING = 60.0  # seconds that a program of Flower may take to start
+ENDS = {"done": "finished", "failed": "failed"}
+
+
+@app.command()
+def init(
+    folder: Folder,
+    address: Annotated[str, typer.Option(help="Where sites reach the server: host, or host:port.")],
+    port: Annotated[int, typer.Option(help="Port on this machine alone, behind the proxy.", min=1, max=65535)] = 8000,
+) -> None:
+    """Write the folder of a server: certificates, a proxy that lets sites in and nobody else, a unit for systemd."""
+    from fedistill.deploy import begin_server
+
+    server = begin_server(Path(folder), address, port)
+    _say(
+        f"{folder} is a server for {server.address}. nginx.conf is what may be reached from outside: nothing else should be."
+    )
+
+
+@app.command()
+def start(folder: Folder) -> None:
+    """Run the server until it is stopped."""
+    from fedistill.deploy import environment, link_commands, read_server
+    from fedistill.processes import terminate_is_interrupt
+
+    server = read_server(Path(folder))
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        with terminate_is_interrupt():
+            for k, command in enumerate(link_commands(server)):
+                home = environment(server.folder / "flower" / f"program-{k}")
+                children.append(subprocess.Popen(command, cwd=server.folder, env=home))
+                if k == 0:
+                    _wait_for(server, children[0])
+            while all(child.poll() is None for child in children):
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        return
+    finally:
+        for child in reversed(children):
+            child.terminate()
+        for child in children:
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+    raise FedistillError("stopped", "The server stopped by itself: what it printed says why.")
+
+
+@app.command("add-site")
+def add_site(folder: Folder, name: Name) -> None:
+    """Make the kit of a site. It holds no secret; its fingerprint is to be told over another way than the kit."""
+    from fedistill.deploy import make_kit, read_server
+
+    path, fingerprint = make_kit(read_server(Path(folder)), name)
+    _say(f"Give {path} to {name}, and tell them by telephone: {fingerprint}")
+    _say(f"They send back {name}.key.pub: then `fedistill server admit {folder} {name} {name}.key.pub`.")
+
+
+@app.command()
+def admit(
+    folder: Folder,
+    name: Name,
+    key: Annotated[str, typer.Argument(metavar="KEY.PUB", help="The public key that the site made.")],
+) -> None:
+    """Let a site in whose public key arrived. The server has to be running."""
+    from fedistill.deploy import HERE, read_server
+
+    public = Path(key).absolute()
+    if not public.is_file() or public.stat().st_size > 10_000 or b"PRIVATE" in public.read_bytes():
+        raise FedistillError("bad-key", f"{key} is no public key: the file that the site sends ends in .pub.")
+    _flower(read_server(Path(folder)), "supernode", "register", str(public), HERE, "--name", name)
+    _say(f"{name} is admitted.")
+
+
+@app.command()
+def sites(folder: Folder, as_json: AsJson = False) -> None:
+    """List the sites that were admitted, and which are connected."""
+    from fedistill.deploy import HERE, read_server
+
+    told = json.loads(_flower(read_server(Path(folder)), "supernode", "list", HERE, "--format", "json"))
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    table = Table("name", "node", "status", box=None)
+    for node in told.get("nodes", []):
+        table.add_row(str(node.get("name", "")), str(node.get("node-id", "")), str(node.get("status", "")))
+    Console(markup=False, highlight=False).print(table)
+
+
+@app.command()
+def run(
+    folder: Folder,
+    job: Annotated[
+        str, typer.Argument(metavar="JOB.TOML", help="The settings of the job, as of `fedistill simulate`.")
+    ],
+    name: Annotated[str | None, typer.Option(help="Of the run; default: the name of the file.")] = None,
+) -> None:
+    """Start a job, or go on with one. It runs on the server; `server status` says how far it is."""
+    from fedistill.config import make_config
+    from fedistill.deploy import HERE, read_server, run_words
+    from fedistill.simulation import app_folder
+
+    server = read_server(Path(folder))
+    try:
+        settings: dict[str, Any] = tomllib.loads(Path(job).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FedistillError("bad-job", f"{job} is not a readable TOML file: {error}.") from None
+    settings = {"server_data": "none"} | settings | {"out": str(_run_folder(server, name or Path(job).stem))}
+    config = make_config(settings).resolved()
+    if not config.sites:
+        raise FedistillError("no-number", f"{job}: say with sites = 3 how many take part, so that none is left out.")
+    _flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings))
+    _say(f"Started: {config.out}")
+
+
+@app.command()
+def status(folder: Folder, name: Annotated[str, typer.Argument(metavar="RUN")], as_json: AsJson = False) -> None:
+    """How far a run is: where each site stands, and what is wrong."""
+    from dataclasses import asdict
+
+    from fedistill.deploy import read_server
+    from fedistill.events import read_events
+    from fedistill.files import read_json
+    from fedistill.report.live import fold, render
+
+    place = _run_folder(read_server(Path(folder)), name)
+    if not (place / "events.jsonl").exists() and not (place / "error.json").exists():
+        raise FedistillError("no-run", f"There is no run {name}, or it has not begun.")
+    events, _ = read_events(place / "events.jsonl")
+    state = fold(asdict(event) for event in events)
+    error = read_json(place / "error.json")["sentence"] if (place / "error.json").exists() else ""
+    done = (place / "summary.json").exists()
+    if as_json:
+        told = {site or "server": asdict(line) for (_, site), line in state.sites.items()}
+        print(json.dumps({"finished": done, "error": error, "sites": told}, indent=1))
+        return
+    Console(markup=False, highlight=False).print(render(state))
+    _say(error or (f"Finished: {place / 'report.html'}" if done else "At work."))
+
+
+def _run_folder(server: Server, name: str) -> Path:
+    from fedistill.deploy import NAME
+
+    if not NAME.fullmatch(name):
+        raise FedistillError("bad-name", f"'{name}' is no name for a run: use lower-case letters, digits and dashes.")
+    return server.folder / "runs" / name
+
+
+def _flower(server: Server, *words: str) -> str:
+    """What Flower's own command says. Raises `FedistillError`, with its last words, where it fails."""
+    from fedistill.deploy import environment
+
+    env = environment(server.folder / "flower") | {"COLUMNS": "200"}
+    done = subprocess.run(["flwr", *words], env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
+        raise FedistillError("flower", f"flwr {words[0]} failed (is the server running?): {said[-1].strip()}")
+    return done.stdout
+
+
+def _wait_for(server: Server, child: subprocess.Popen[bytes]) -> None:
+    """Until the SuperLink can be reached."""
+    import socket
+
+    end = time.monotonic() + STARTING
+    while child.poll() is None and time.monotonic() < end:
+        with socket.socket() as found:
+            found.settimeout(1)
+            if found.connect_ex(("127.0.0.1", server.port)) == 0:
+                return
+        time.sleep(0.2)
+
+
+def _say(text: str) -> None:
+    screen.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,264 @@
+"""What a server and its sites are set up with: keys, certificates, kits, and the command lines of Flower's programs.
+
+    FOLDER/server.toml       the address that sites use, and the port behind it
+    FOLDER/pki/              ca.crt, server.crt and their keys; superexec.secret
+    FOLDER/kits/north.zip    what a site gets: the authority's certificate, the address, its name. No secret.
+    FOLDER/nginx.conf        passes to the sites what they need, and nothing else
+    FOLDER/runs/             results
+
+A private key is made where it is used and never travels. That a kit is genuine its fingerprint shows, told over another way.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import ipaddress
+import json
+import os
+import re
+import secrets
+import sys
+import tomllib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from fedistill.errors import FedistillError
+from fedistill.files import write_bytes
+
+DAYS = 825  # of a certificate
+MOST_BYTES = 100_000  # of a file in a kit
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+HERE = "here"  # what Flower's configuration calls the server
+_PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
+_KIT = ("ca.crt", "site.json", "README.txt")
+_NGINX = """\
+# The only way in from outside. Operators use the port behind it, on this machine: whoever reaches that can run code at the sites.
+server {{
+    listen {outside} ssl;
+    server_name {host};
+    ssl_certificate {folder}/pki/server.crt;
+    ssl_certificate_key {folder}/pki/server.key;
+    client_max_body_size 16m;                   # Flower sends pieces of 5 MiB
+    location /v1/fleet/ {{
+        proxy_pass https://127.0.0.1:{port};
+        proxy_set_header Host $host;
+        proxy_http_version 1.1;
+        proxy_request_buffering off;
+        proxy_ssl_trusted_certificate {folder}/pki/ca.crt;
+        proxy_ssl_name localhost;
+        proxy_ssl_verify on;
+    }}
+    location / {{ return 403; }}
+}}
+"""
+_UNIT = """\
+[Unit]
+Description=fedistill {what}
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+ExecStart={command}
+Restart=always
+RestartSec=10
+
+[Install]
+WantedBy=multi-user.target
+"""
+_README = """\
+This kit lets the site "{name}" take part in a federation of fedistill, at {address}. It holds no secret.
+
+1. Ask the operator for the fingerprint of the kit over the telephone, and compare it with what the next command prints.
+2. fedistill site init --kit {name}.zip --data DATA --work WORK
+3. Read and change site.toml: it says what may leave. Then: fedistill site check
+4. Send {name}.key.pub to the operator. {name}.key stays here.
+5. fedistill site start
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server's folder, what sites reach it by ("host:port"), and the port of the SuperLink on 127.0.0.1."""
+
+    folder: Path
+    address: str
+    port: int
+
+    @property
+    def link(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+@dataclass(frozen=True)
+class Kit:
+    name: str
+    address: str
+    authority: bytes
+    fingerprint: str
+
+
+def begin_server(folder: Path, address: str, port: int) -> Server:
+    """Write the folder of a server. Raises `FedistillError` where there is one, or on an address that is none."""
+    if (folder / "server.toml").exists():
+        raise FedistillError("exists", f"{folder} holds a server already: choose another folder.")
+    host, _, outside = address.partition(":")
+    outside = outside or "443"
+    if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not outside.isdigit() or not 0 < int(outside) < 65536:
+        raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
+    folder = folder.absolute()
+    server = Server(folder, f"{host}:{outside}", port)
+    _certificates(folder / "pki", host)
+    _secret(folder / "pki" / "superexec.secret", secrets.token_hex(32).encode())
+    config = (
+        f'[superlink]\ndefault = "{HERE}"\n[superlink.{HERE}]\naddress = "{server.link}"\n'
+        f'root-certificates = "{folder}/pki/ca.crt"\n'
+    )
+    write_bytes(folder / "flower" / "config.toml", config.encode())
+    write_bytes(folder / "nginx.conf", _NGINX.format(outside=outside, host=host, port=port, folder=folder).encode())
+    unit = _UNIT.format(what="server", command=f"{_program('fedistill')} server start {folder}")
+    write_bytes(folder / "fedistill-server.service", unit.encode())
+    write_bytes(folder / "server.toml", f'address = "{server.address}"\nport = {port}\n'.encode())
+    return server
+
+
+def read_server(folder: Path) -> Server:
+    """Raises `FedistillError` where the folder holds no server."""
+    try:
+        found = tomllib.loads((folder / "server.toml").read_text())
+        return Server(folder.absolute(), str(found["address"]), int(found["port"]))
+    except (OSError, ValueError, KeyError):
+        raise FedistillError("no-server", f"{folder} holds no server: `fedistill server init` makes one.") from None
+
+
+def make_kit(server: Server, name: str) -> tuple[Path, str]:
+    """The kit of a site, and its fingerprint. Raises `FedistillError` on a name that would not do for a file."""
+    if not NAME.fullmatch(name):
+        raise FedistillError(
+            "bad-name", f"'{name}' is no name for a site: use up to 32 lower-case letters, digits and dashes."
+        )
+    parts = {
+        "ca.crt": (server.folder / "pki" / "ca.crt").read_bytes(),
+        "site.json": json.dumps({"name": name, "address": server.address}, sort_keys=True).encode(),
+        "README.txt": _README.format(name=name, address=server.address).encode(),
+    }
+    path = server.folder / "kits" / f"{name}.zip"
+    path.parent.mkdir(exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in _KIT:
+            archive.writestr(zipfile.ZipInfo(f"{name}/{part}"), parts[part])
+    return path, _fingerprint(parts)
+
+
+def read_kit(path: Path) -> Kit:
+    """What a kit holds; nothing of it is unpacked. Raises `FedistillError` ("bad-kit") on anything else than a kit."""
+    parts: dict[str, bytes] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                name = entry.filename.rpartition("/")[2]
+                if name not in _KIT or name in parts or entry.file_size > MOST_BYTES:
+                    raise ValueError
+                with archive.open(entry) as file:
+                    parts[name] = file.read(MOST_BYTES)
+        about = json.loads(parts["site.json"])
+        name, address = about["name"], about["address"]
+        if set(parts) != set(_KIT) or not NAME.fullmatch(name) or not re.fullmatch(r"[A-Za-z0-9.-]+:\d+", address):
+            raise ValueError
+        x509.load_pem_x509_certificate(parts["ca.crt"])
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+        raise FedistillError("bad-kit", f"{path} is no kit of `fedistill server add-site`.") from None
+    return Kit(name, address, parts["ca.crt"], _fingerprint(parts))
+
+
+def make_site_key(path: Path) -> Path:
+    """A private key that Flower takes, for its owner's eyes alone, unless there is one; returns where its public half is."""
+    public = path.with_name(f"{path.name}.pub")
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP384R1())
+        _secret(path, key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _PLAIN))
+        ssh = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        write_bytes(public, ssh + b"\n")
+    return public
+
+
+def link_commands(server: Server) -> list[list[str]]:
+    """The SuperLink, and beside it what starts the server's part of a run: nobody without the secret gets its work."""
+    pki = server.folder / "pki"
+    secret = ["--superexec-auth-secret-file", str(pki / "superexec.secret")]
+    tls = ["--ssl-ca-certfile", str(pki / "ca.crt"), "--ssl-certfile", str(pki / "server.crt")]
+    tls += ["--ssl-keyfile", str(pki / "server.key")]
+    place = ["--host", "127.0.0.1", "--port", str(server.port), "--database", str(server.folder / "state.db")]
+    safe = ["--enable-supernode-auth", "--disable-runtime-dependency-installation", "--isolation", "process", *secret]
+    runtime = ["--root-certificates", str(pki / "ca.crt"), "--runtime-api-address", server.link]
+    return [
+        [_program("flower-superlink"), *place, *tls, *safe],
+        [_program("flower-superexec"), *runtime, *secret],
+    ]
+
+
+def node_command(policy_file: Path, server: str, authority: Path, key: Path, port: int) -> list[str]:
+    """The SuperNode of a site."""
+    where = ["--superlink", server, "--root-certificates", str(authority), "--auth-supernode-private-key", str(key)]
+    return [_program("flower-supernode"), *where, "--port", str(port), "--node-config", f'site-config="{policy_file}"']
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For Flower's programs: a folder of their own, nothing told to others, and our programs found first."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
+
+
+def run_words(settings: Mapping[str, Any]) -> str:
+    """Settings as `flwr run -c` takes them."""
+    return " ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
+
+
+def _program(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def _fingerprint(parts: Mapping[str, bytes]) -> str:
+    """Sixteen digits in groups of four, to be read aloud."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(parts[name]).digest() for name in _KIT)).hexdigest()[:16]
+    return " ".join(digest[k : k + 4] for k in range(0, 16, 4))
+
+
+def _secret(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+
+
+def _certificates(folder: Path, host: str) -> None:
+    """An authority of the federation's own, and a certificate by it for `host` and for this machine."""
+    now = datetime.datetime.now(datetime.UTC)
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)]) for who in ("fedistill authority", host)]
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    places: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    try:
+        places.append(x509.IPAddress(ipaddress.ip_address(host)))
+    except ValueError:
+        places.append(x509.DNSName(host))
+    extensions: dict[str, tuple[x509.ExtensionType, bool]] = {
+        "ca": (x509.BasicConstraints(ca=True, path_length=0), True),
+        "server": (x509.SubjectAlternativeName(list(dict.fromkeys(places))), False),
+    }
+    for file, name, key in (("ca", names[0], authority), ("server", names[1], server)):
+        made = x509.CertificateBuilder(names[0], name, key.public_key(), x509.random_serial_number())
+        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(
+            now + datetime.timedelta(days=DAYS)
+        )
+        made = made.add_extension(*extensions[file])
+        _secret(folder / f"{file}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN))
+        write_bytes(folder / f"{file}.crt", made.sign(authority, hashes.SHA384()).public_bytes(_PEM))

@@ -1,0 +1,222 @@
+"""What a server and a site are set up with: nothing secret in a kit, nothing taken from one that is not checked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedistill import cli
+from fedistill.deploy import (
+    MOST_BYTES,
+    Server,
+    begin_server,
+    environment,
+    link_commands,
+    make_kit,
+    make_site_key,
+    read_kit,
+    read_server,
+    run_words,
+)
+from fedistill.errors import FedistillError
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return begin_server(tmp_path_factory.mktemp("deploy") / "server", "fed.example.org", 8123)
+
+
+def test_a_server_is_found_again_and_not_made_twice(server: Server) -> None:
+    assert server.address == "fed.example.org:443"
+    assert read_server(server.folder) == server
+    with pytest.raises(FedistillError, match="holds a server already"):
+        begin_server(server.folder, "other.org", 1)
+    with pytest.raises(FedistillError, match="holds no server"):
+        read_server(server.folder / "pki")
+
+
+@pytest.mark.parametrize(
+    "address", ["", "a b", "host:", "host:0", "host:99999", "host:x", "http://host", "h:1:2", "ho\nst"]
+)
+def test_addresses(address: str, tmp_path: Path) -> None:
+    if address == "host:":
+        assert begin_server(tmp_path / "s", address, 1).address == "host:443"
+        return
+    with pytest.raises(FedistillError, match="is not the address of a server"):
+        begin_server(tmp_path / "s", address, 1)
+    assert not (tmp_path / "s").exists()
+
+
+def test_secrets_are_for_their_owner_alone(server: Server, tmp_path: Path) -> None:
+    secret = {"ca.key", "server.key", "superexec.secret"}
+    assert secret <= {p.name for p in (server.folder / "pki").iterdir()}
+    key = tmp_path / "north.key"
+    make_site_key(key)
+    for file in [*(server.folder / "pki" / name for name in secret), key]:
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    before = key.read_bytes()
+    make_site_key(key)
+    assert key.read_bytes() == before
+    words = " ".join(word for command in link_commands(server) for word in command)
+    assert (server.folder / "pki/superexec.secret").read_text() not in words
+
+
+def test_the_certificate_is_of_the_address_and_of_this_machine(server: Server) -> None:
+    pki = server.folder / "pki"
+    authority, mine = (x509.load_pem_x509_certificate((pki / f"{name}.crt").read_bytes()) for name in ("ca", "server"))
+    mine.verify_directly_issued_by(authority)
+    names = mine.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
+    assert isinstance(mine.public_key(), ec.EllipticCurvePublicKey)
+    context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
+    context.load_cert_chain(pki / "server.crt", pki / "server.key")
+
+
+def test_the_proxy_lets_sites_in_and_nobody_else(server: Server) -> None:
+    text = (server.folder / "nginx.conf").read_text()
+    assert text.count("location") == 2
+    assert "location /v1/fleet/" in text
+    assert "location / { return 403; }" in text
+    assert all("127.0.0.1" in command for command in link_commands(server)[0:1])
+
+
+def test_a_kit_holds_no_secret_and_says_who_made_it(server: Server) -> None:
+    path, fingerprint = make_kit(server, "north")
+    kit = read_kit(path)
+    assert (kit.name, kit.address, kit.fingerprint) == ("north", "fed.example.org:443", fingerprint)
+    assert kit.authority == (server.folder / "pki/ca.crt").read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        assert not any(b"PRIVATE" in archive.read(name) for name in archive.namelist())
+    assert make_kit(server, "south")[1] != fingerprint
+    assert make_kit(server, "north")[1] == fingerprint
+    for name in ("", "North", "../x", "a" * 33, "a b"):
+        with pytest.raises(FedistillError, match="is no name for a site"):
+            make_kit(server, name)
+
+
+def changed(path: Path, to: Path, **parts: bytes | None) -> Path:
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in archive.namelist():
+            content = parts.get(name.rpartition("/")[2].replace(".", "_"), archive.read(name))
+            if content is not None:
+                out.writestr(name, content)
+        for name in set(parts) - {"ca_crt", "site_json", "README_txt"}:
+            out.writestr(name, parts[name] or b"")
+    return to
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"ca_crt": None},
+        {"site_json": None},
+        {"README_txt": None},
+        {"ca_crt": b"no certificate"},
+        {"site_json": b"{}"},
+        {"site_json": b"[1]"},
+        {"site_json": b"not json"},
+        {"site_json": json.dumps({"name": "../../etc", "address": "h:1"}).encode()},
+        {"site_json": json.dumps({"name": "north", "address": 'h:1"\n[privacy]'}).encode()},
+        {"site_json": json.dumps({"name": 3, "address": "h:1"}).encode()},
+        {"extra.txt": b"x"},
+        {"north/sub/ca.crt": b"a second one"},
+        {"README_txt": b"0" * (MOST_BYTES + 1)},
+    ],
+)
+def test_what_is_no_kit(parts: dict[str, bytes | None], server: Server, tmp_path: Path) -> None:
+    good, _ = make_kit(server, "north")
+    with pytest.raises(FedistillError, match="is no kit of"):
+        read_kit(changed(good, tmp_path / "kit.zip", **parts))
+
+
+def test_a_kit_that_was_cut_or_is_none_at_all(server: Server, tmp_path: Path) -> None:
+    good, _ = make_kit(server, "north")
+    whole, bad = good.read_bytes(), tmp_path / "bad.zip"
+    for content in (b"", b"hello", *(whole[:k] for k in range(0, len(whole), 97))):
+        bad.write_bytes(content)
+        with pytest.raises(FedistillError, match="is no kit of"):
+            read_kit(bad)
+    with pytest.raises(FedistillError, match="is no kit of"):
+        read_kit(tmp_path / "nowhere.zip")
+
+
+def test_another_authority_has_another_fingerprint(server: Server, tmp_path: Path) -> None:
+    good, fingerprint = make_kit(server, "north")
+    other = begin_server(tmp_path / "other", "fed.example.org", 8123)
+    forged = changed(good, tmp_path / "kit.zip", ca_crt=(other.folder / "pki/ca.crt").read_bytes())
+    assert read_kit(forged).fingerprint != fingerprint
+
+
+def test_flower_tells_nobody(tmp_path: Path) -> None:
+    found = environment(tmp_path / "home")
+    assert (found["FLWR_TELEMETRY_ENABLED"], found["FLWR_DISABLE_UPDATE_CHECK"]) == ("0", "1")
+    assert found["FLWR_HOME"] == str(tmp_path / "home")
+
+
+def test_settings_travel_as_flower_reads_them() -> None:
+    assert run_words({"sites": 3, "epsilon": 2.5, "data": 'a "b"', "class_weights": True}) == (
+        'sites=3 epsilon=2.5 data="a \\"b\\"" class_weights=true'
+    )
+
+
+def say(*words: object) -> None:
+    cli.app(list(map(str, words)), standalone_mode=False)
+
+
+def test_a_site_from_a_kit_and_what_start_needs(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kit, fingerprint = make_kit(server, "north")
+    policy = tmp_path / "site.toml"
+    say("site", "init", "--kit", kit, "--data", "phantom", "--work", tmp_path / "w", "--site", policy)
+    assert fingerprint in capsys.readouterr().err
+    assert (tmp_path / "north.key.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
+    ran: list[list[str]] = []
+    monkeypatch.setattr("os.execvpe", lambda file, words, env: ran.append(words))
+    say("site", "start", "--site", policy)
+    assert f'site-config="{policy}"' in ran[0]
+    assert "fed.example.org:443" in ran[0]
+    (tmp_path / "north.key").unlink()
+    with pytest.raises(FedistillError, match=r"north.key is not there, and \[connection\]"):
+        say("site", "start", "--site", policy)
+    policy.write_text(policy.read_text().partition("[connection]")[0])
+    with pytest.raises(FedistillError, match=r"has no \[connection\]"):
+        say("site", "start", "--site", policy)
+    for words in ([], ["--kit", kit, "--name", "n"]):
+        with pytest.raises(FedistillError, match="has its name from --kit, or from --name"):
+            say("site", "init", *words, "--data", "d", "--work", "w", "--site", tmp_path / "other.toml")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["run", "{server}", "{job}", "--name", "Bad Name"], "is no name for a run"),
+        (["run", "{server}", "nowhere.toml"], "is not a readable TOML file"),
+        (["run", "{server}", "{job}"], "say with sites = 3 how many take part"),
+        (["run", "{job}", "{job}"], "holds no server"),
+        (["status", "{server}", "nothing"], "There is no run nothing"),
+        (["admit", "{server}", "north", "{job}.missing"], "is no public key"),
+        (["admit", "{server}", "north", "{server}/pki/ca.key"], "is no public key"),
+    ],
+)
+def test_what_an_operator_gets_wrong(words: list[str], why: str, server: Server, tmp_path: Path) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text("ipc = 2\n")
+    with pytest.raises(FedistillError, match=why):
+        say("server", *(word.format(server=server.folder, job=job) for word in words))
+
+
+def test_a_server_that_does_not_run_is_said(server: Server, tmp_path: Path) -> None:
+    if shutil.which("flwr") is None:
+        pytest.skip("flwr is not on the path")
+    (tmp_path / "k.pub").write_text("ecdsa-sha2-nistp384 AAAA")
+    with pytest.raises(FedistillError, match="is the server running"):
+        say("server", "admit", server.folder, "north", tmp_path / "k.pub")
