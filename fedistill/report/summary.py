@@ -5,6 +5,7 @@ The format of `summary.json` is stable ("fedistill-summary/1") and documented in
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -173,6 +174,9 @@ def _unasked(config: Config, folders: Sequence[Path]) -> list[str]:
 def command_of(config: Config) -> str:
     """The command that makes this run again: every setting that is not the default of its preset."""
     plain = make_config({"preset": config.preset}).resolved().to_dict()
+    if config.server_data != "same":  # with real sites a job file says what the settings are
+        own = {k: v for k, v in config.to_dict().items() if v != plain[k] and k not in ("out", "server_data")}
+        return "fedistill server run FOLDER JOB.toml  # " + ", ".join(f"{k} = {json.dumps(v)}" for k, v in own.items())
     parts = ["fedistill", "simulate"]
     for key, value in config.to_dict().items():
         if value != plain[key] or key == "preset":

@@ -122,3 +122,13 @@ def test_the_command_makes_the_same_configuration_again(monkeypatch: pytest.Monk
     with pytest.raises(SystemExit):
         cli.main()
     assert seen == [config]
+
+
+def test_with_real_sites_the_command_is_the_operators() -> None:
+    config = make_config({"server_data": "none", "sites": 3, "method": "sketch", "ipc": 4, "out": "/srv/x"}).resolved()
+    command, _, job = command_of(config).partition("  # ")
+    assert command == "fedistill server run FOLDER JOB.toml"
+    found = dict(part.split(" = ") for part in job.split(", "))
+    assert (found["sites"], found["method"], found["ipc"]) == ("3", '"sketch"', "4")
+    assert "out" not in found
+    assert "server_data" not in found
