@@ -33,7 +33,8 @@ from fedistill.privacy.answers import private_answers
 from fedistill.privacy.ledger import Cap
 from fedistill.privacy.plan import delta_of, records_of
 from fedistill.site.average import train_round
-from fedistill.site.describe import describe, describe_privately
+from fedistill.site.describe import describe, describe_privately, task_of
+from fedistill.site.feasible import check_settings
 from fedistill.site.folder import site_folder
 from fedistill.site.gate import may_leave
 from fedistill.site.job import advance, released_set
@@ -44,14 +45,11 @@ app = ClientApp()
 log = logging.getLogger(__name__)
 
 HELD_OUT = ("val", "test")
+# Errors whose sentences name a site's own files.
 OWN_FILES = (
-    "site-config",
-    "broken-log",
-    "broken-ledger",
-    "unusable-ledger",
-    "other-format",
-    "other-work",
-)  # whose sentences name them
+    "site-config", "broken-log", "not-allowed", "bad-set", "no-set",
+    "broken-ledger", "unusable-ledger", "other-format", "other-work",
+)  # fmt: skip
 
 _loaded: dict[
     tuple[str, str, bool], tuple[Dataset, Partition | None]
@@ -105,6 +103,7 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
         code = error.code if config.privacy == "none" else "bad-data"  # what is wrong with private data is private
         raise FedistillError(code, f"The data of site '{name}' cannot be used: errors.log there says why.") from None
     data = policy.check_data(config, dataclasses.replace(data, name=name))
+    check_settings(config, task_of(data))  # before anything is spent on what cannot be done, or is not private
     return Site(name, data, policy.work, policy)
 
 
@@ -233,11 +232,11 @@ def average(msg: Message, site: Site, config: Config) -> RecordDict:
 @answers
 def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
     """How often each global model takes one class of this site's held-out images for another, or a finding for none."""
-    if site.policy is not None and not site.policy.answers:
-        raise FedistillError("policy", "This site lets no counts of answers leave.")
     split = str(_job(msg)["split"])
     if split not in HELD_OUT:
         raise FedistillError("bad-job", f"Models are tested on {' or '.join(HELD_OUT)}, not on '{split}'.")
+    if site.policy is not None:
+        site.policy.check_answers(config, site.data, split)
     models = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
     if config.privacy == "dp":
         return _reply(private_answers(config, site.data, site.name, site.work, models, split, cap=site.cap))

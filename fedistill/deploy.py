@@ -12,6 +12,7 @@ A private key is made where it is used and never travels. That a kit is genuine 
 from __future__ import annotations
 
 import datetime
+import getpass
 import hashlib
 import ipaddress
 import json
@@ -21,6 +22,7 @@ import secrets
 import sys
 import tomllib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedistill.errors import FedistillError
-from fedistill.files import write_bytes
+from fedistill.files import write_bytes, write_once
 
 DAYS = 825  # of a certificate
 MOST_BYTES = 100_000  # of a file in a kit
@@ -67,6 +69,7 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
+User={user}
 ExecStart={command}
 Restart=always
 RestartSec=10
@@ -108,26 +111,37 @@ class Kit:
 
 def begin_server(folder: Path, address: str, port: int) -> Server:
     """Write the folder of a server. Raises `FedistillError` where there is one, or on an address that is none."""
-    if (folder / "server.toml").exists():
-        raise FedistillError("exists", f"{folder} holds a server already: choose another folder.")
+    if folder.exists() and any(folder.iterdir()):
+        what = "holds a server already" if (folder / "server.toml").exists() else "is not empty"
+        raise FedistillError("exists", f"{folder} {what}: choose another folder.")
     host, _, outside = address.partition(":")
     outside = outside or "443"
     if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not outside.isdigit() or not 0 < int(outside) < 65536:
         raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
     folder = folder.absolute()
     server = Server(folder, f"{host}:{outside}", port)
-    _certificates(folder / "pki", host)
-    _secret(folder / "pki" / "superexec.secret", secrets.token_hex(32).encode())
+    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # the folder is there whole, or not at all
+    new.mkdir(parents=True, mode=0o700)
+    _certificates(new / "pki", host)
+    _secret(new / "pki" / "superexec.secret", secrets.token_hex(32).encode())
     config = (
         f'[superlink]\ndefault = "{HERE}"\n[superlink.{HERE}]\naddress = "{server.link}"\n'
         f'root-certificates = "{folder}/pki/ca.crt"\n'
     )
-    write_bytes(folder / "flower" / "config.toml", config.encode())
-    write_bytes(folder / "nginx.conf", _NGINX.format(outside=outside, host=host, port=port, folder=folder).encode())
-    unit = _UNIT.format(what="server", command=f"{_program('fedistill')} server start {folder}")
-    write_bytes(folder / "fedistill-server.service", unit.encode())
-    write_bytes(folder / "server.toml", f'address = "{server.address}"\nport = {port}\n'.encode())
+    write_bytes(new / "flower" / "config.toml", config.encode())
+    write_bytes(new / "nginx.conf", _NGINX.format(outside=outside, host=host, port=port, folder=folder).encode())
+    unit = unit_of(f"server start {folder}")
+    write_bytes(new / "fedistill-server.service", unit.encode())
+    write_bytes(new / "server.toml", f'address = "{server.address}"\nport = {port}\n'.encode())
+    if folder.exists():
+        folder.rmdir()
+    os.rename(new, folder)
     return server
+
+
+def unit_of(words: str) -> str:
+    """A unit for systemd that runs `fedistill WORDS` under this account, and again where it stops."""
+    return _UNIT.format(what=words.split()[0], user=getpass.getuser(), command=f"{_program('fedistill')} {words}")
 
 
 def read_server(folder: Path) -> Server:
@@ -174,7 +188,17 @@ def read_kit(path: Path) -> Kit:
         if set(parts) != set(_KIT) or not NAME.fullmatch(name) or not re.fullmatch(r"[A-Za-z0-9.-]+:\d+", address):
             raise ValueError
         x509.load_pem_x509_certificate(parts["ca.crt"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        zlib.error,
+    ):
         raise FedistillError("bad-kit", f"{path} is no kit of `fedistill server add-site`.") from None
     return Kit(name, address, parts["ca.crt"], _fingerprint(parts))
 
@@ -182,11 +206,11 @@ def read_kit(path: Path) -> Kit:
 def make_site_key(path: Path) -> Path:
     """A private key that Flower takes, for its owner's eyes alone, unless there is one; returns where its public half is."""
     public = path.with_name(f"{path.name}.pub")
-    if not path.exists():
-        key = ec.generate_private_key(ec.SECP384R1())
-        _secret(path, key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _PLAIN))
-        ssh = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        write_bytes(public, ssh + b"\n")
+    fresh = ec.generate_private_key(ec.SECP384R1())
+    stored = write_once(path, fresh.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _PLAIN))
+    key = serialization.load_ssh_private_key(stored, None)
+    ssh = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    write_bytes(public, ssh + b"\n")
     return public
 
 
@@ -260,5 +284,23 @@ def _certificates(folder: Path, host: str) -> None:
             now + datetime.timedelta(days=DAYS)
         )
         made = made.add_extension(*extensions[file])
+        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        mine = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+        made = made.add_extension(mine, critical=False).add_extension(_usage(signs=file == "ca"), critical=True)
         _secret(folder / f"{file}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN))
         write_bytes(folder / f"{file}.crt", made.sign(authority, hashes.SHA384()).public_bytes(_PEM))
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    """Of an authority, or of a server."""
+    return x509.KeyUsage(
+        digital_signature=not signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs,
+        crl_sign=signs,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -40,7 +40,6 @@ def main(grid: Grid, context: Context) -> None:
     """Every seed, then the summary. A `FedistillError` is written to `error.json` before it ends the run."""
     config = make_config(context.run_config).resolved()
     config = dataclasses.replace(config, out=config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{context.run_id}")
-    check_private(config)
     config = absolute(config)  # the processes of a simulation may have other working directories
     out = Path(config.out)
     log(INFO, "Run folder: %s", out)
@@ -48,6 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     (out / "error.json").unlink(missing_ok=True)
     events = EventLog(out / "events.jsonl")
     try:
+        check_private(config)
         for seed in range(config.seed, config.seed + config.seeds):
             run_seed(grid, config.with_seed(seed), events)
         events.add(config.seed, "", "report", "start")
@@ -56,6 +56,10 @@ def main(grid: Grid, context: Context) -> None:
     except FedistillError as error:
         log(ERROR, error.sentence)
         write_json(out / "error.json", {"code": error.code, "sentence": error.sentence})
+        raise
+    except Exception as error:
+        sentence = f"An unexpected error ({type(error).__name__}): the log of the server says where."
+        write_json(out / "error.json", {"code": "internal", "sentence": sentence})
         raise
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
 import ssl
 import stat
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509 import verification  # noqa: F401
 
 from fedistill import cli
 from fedistill.deploy import (
@@ -41,6 +42,8 @@ def test_a_server_is_found_again_and_not_made_twice(server: Server) -> None:
         begin_server(server.folder, "other.org", 1)
     with pytest.raises(FedistillError, match="holds no server"):
         read_server(server.folder / "pki")
+    with pytest.raises(FedistillError, match="is not empty"):
+        begin_server(server.folder / "pki", "other.org", 1)
 
 
 @pytest.mark.parametrize(
@@ -63,8 +66,12 @@ def test_secrets_are_for_their_owner_alone(server: Server, tmp_path: Path) -> No
     for file in [*(server.folder / "pki" / name for name in secret), key]:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
     before = key.read_bytes()
+    public = key.with_name("north.key.pub").read_bytes()
+    key.with_name("north.key.pub").unlink()  # as a kill between the two leaves it
     make_site_key(key)
     assert key.read_bytes() == before
+    assert key.with_name("north.key.pub").read_bytes() == public
+    assert stat.S_IMODE(server.folder.stat().st_mode) == 0o700
     words = " ".join(word for command in link_commands(server) for word in command)
     assert (server.folder / "pki/superexec.secret").read_text() not in words
 
@@ -77,6 +84,8 @@ def test_the_certificate_is_of_the_address_and_of_this_machine(server: Server) -
     assert names.get_values_for_type(x509.DNSName) == ["localhost", "fed.example.org"]
     assert isinstance(mine.public_key(), ec.EllipticCurvePublicKey)
     context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
+    strict = x509.verification.PolicyBuilder().store(x509.verification.Store([authority]))
+    strict.build_server_verifier(x509.DNSName("fed.example.org")).verify(mine, [])
     context.load_cert_chain(pki / "server.crt", pki / "server.key")
 
 
@@ -140,6 +149,13 @@ def test_what_is_no_kit(parts: dict[str, bytes | None], server: Server, tmp_path
 def test_a_kit_that_was_cut_or_is_none_at_all(server: Server, tmp_path: Path) -> None:
     good, _ = make_kit(server, "north")
     whole, bad = good.read_bytes(), tmp_path / "bad.zip"
+    flipped = [whole[:k] + bytes([whole[k] ^ 0x55]) + whole[k + 1 :] for k in range(30, 200)]
+    squeezed = changed(good, tmp_path / "squeezed.zip").read_bytes()
+    flipped += [squeezed[:k] + bytes([squeezed[k] ^ 0x55]) + squeezed[k + 1 :] for k in range(0, len(squeezed), 3)]
+    for content in flipped:  # a sentence, or a flip that does not matter; never anything else
+        bad.write_bytes(content)
+        with suppress(FedistillError):
+            read_kit(bad)
     for content in (b"", b"hello", *(whole[:k] for k in range(0, len(whole), 97))):
         bad.write_bytes(content)
         with pytest.raises(FedistillError, match="is no kit of"):
@@ -187,6 +203,20 @@ def test_a_site_from_a_kit_and_what_start_needs(
     (tmp_path / "north.key").unlink()
     with pytest.raises(FedistillError, match=r"north.key is not there, and \[connection\]"):
         say("site", "start", "--site", policy)
+    other, _ = make_kit(begin_server(tmp_path / "other", "other.org", 1), "north")
+    with pytest.raises(FedistillError, match="is of another federation"):
+        say(
+            "site",
+            "init",
+            "--kit",
+            other,
+            "--data",
+            "phantom",
+            "--work",
+            tmp_path / "w",
+            "--site",
+            tmp_path / "two.toml",
+        )
     policy.write_text(policy.read_text().partition("[connection]")[0])
     with pytest.raises(FedistillError, match=r"has no \[connection\]"):
         say("site", "start", "--site", policy)
@@ -200,6 +230,7 @@ def test_a_site_from_a_kit_and_what_start_needs(
     [
         (["run", "{server}", "{job}", "--name", "Bad Name"], "is no name for a run"),
         (["run", "{server}", "nowhere.toml"], "is not a readable TOML file"),
+        (["run", "{server}", "{private}"], "privacy=dp needs a budget"),
         (["run", "{server}", "{job}"], "say with sites = 3 how many take part"),
         (["run", "{job}", "{job}"], "holds no server"),
         (["status", "{server}", "nothing"], "There is no run nothing"),
@@ -210,13 +241,13 @@ def test_a_site_from_a_kit_and_what_start_needs(
 def test_what_an_operator_gets_wrong(words: list[str], why: str, server: Server, tmp_path: Path) -> None:
     job = tmp_path / "job.toml"
     job.write_text("ipc = 2\n")
+    private = tmp_path / "private.toml"
+    private.write_text('sites = 3\nprivacy = "dp"\n')
     with pytest.raises(FedistillError, match=why):
-        say("server", *(word.format(server=server.folder, job=job) for word in words))
+        say("server", *(word.format(server=server.folder, job=job, private=private) for word in words))
 
 
 def test_a_server_that_does_not_run_is_said(server: Server, tmp_path: Path) -> None:
-    if shutil.which("flwr") is None:
-        pytest.skip("flwr is not on the path")
     (tmp_path / "k.pub").write_text("ecdsa-sha2-nistp384 AAAA")
     with pytest.raises(FedistillError, match="is the server running"):
         say("server", "admit", server.folder, "north", tmp_path / "k.pub")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 import tomllib
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from fedistill.commands.shared import AsJson, screen
 from fedistill.errors import FedistillError
+from fedistill.release.text import plain
 
 if TYPE_CHECKING:
     from fedistill.deploy import Server
@@ -50,6 +52,7 @@ def start(folder: Folder) -> None:
     from fedistill.deploy import environment, link_commands, read_server
     from fedistill.processes import terminate_is_interrupt
 
+    os.umask(0o077)
     server = read_server(Path(folder))
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -126,6 +129,8 @@ def run(
     """Start a job, or go on with one. It runs on the server; `server status` says how far it is."""
     from fedistill.config import make_config
     from fedistill.deploy import HERE, read_server, run_words
+    from fedistill.events import claim_folder
+    from fedistill.privacy.rules import check_private
     from fedistill.simulation import app_folder
 
     server = read_server(Path(folder))
@@ -135,6 +140,9 @@ def run(
         raise FedistillError("bad-job", f"{job} is not a readable TOML file: {error}.") from None
     settings = {"server_data": "none"} | settings | {"out": str(_run_folder(server, name or Path(job).stem))}
     config = make_config(settings).resolved()
+    check_private(config)
+    if Path(config.out).exists():
+        claim_folder(Path(config.out), config)  # another job of that name is refused
     if not config.sites:
         raise FedistillError("no-number", f"{job}: say with sites = 3 how many take part, so that none is left out.")
     _flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings))
@@ -200,4 +208,4 @@ def _wait_for(server: Server, child: subprocess.Popen[bytes]) -> None:
 
 
 def _say(text: str) -> None:
-    screen.print(text, soft_wrap=True, highlight=False, markup=False)
+    screen.print(plain(text), soft_wrap=True, highlight=False, markup=False)

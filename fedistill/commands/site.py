@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedistill.errors import FedistillError
+from fedistill.release.text import plain
 
 if TYPE_CHECKING:
     from fedistill.site.gate import Request
@@ -62,8 +63,8 @@ def init(
     file: Where = "site.toml",
 ) -> None:
     """Write a careful policy to begin with, to be read and changed by people; with a kit, make the site's key too."""
-    from fedistill.deploy import make_site_key, read_kit
-    from fedistill.files import write_bytes
+    from fedistill.deploy import make_site_key, read_kit, unit_of
+    from fedistill.files import write_bytes, write_once
 
     if (name is None) == (kit is None):
         raise FedistillError(
@@ -78,11 +79,15 @@ def init(
     words = {"name": called, "data": str(absolute) if absolute.exists() else data, "work": str(Path(work).absolute())}
     text = TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()})
     if found is not None:
-        write_bytes(place.with_name("ca.crt"), found.authority)
+        authority = place.with_name(f"{called}.ca.crt")
+        if write_once(authority, found.authority) != found.authority:
+            raise FedistillError("exists", f"{authority} is of another federation: choose another folder for this one.")
         public = make_site_key(place.with_name(f"{called}.key"))
-        text += f'\n[connection]\nserver = "{found.address}"\nauthority = "ca.crt"\nkey = "{called}.key"\n'
+        text += f'\n[connection]\nserver = "{found.address}"\nauthority = "{called}.ca.crt"\nkey = "{called}.key"\n'
         _say(f"The fingerprint of the kit is {found.fingerprint}: the operator must say the same over the telephone.")
         _say(f"Send {public} to the operator.")
+        unit = unit_of(f"site start --site {place.absolute()}")
+        write_bytes(place.with_name("fedistill-site.service"), unit.encode())
     write_bytes(place, text.encode())
     _say(f"{file} is written: read it, change it, then `fedistill site check`.")
 
@@ -106,6 +111,8 @@ def start(
     for needed in (link.authority, link.key):
         if not needed.is_file():
             raise FedistillError("no-file", f"{needed} is not there, and [connection] in {file} names it.")
+    os.umask(0o077)  # what is made here is for nobody else
+    policy.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     command = node_command(place, link.server, link.authority, link.key, port)
     os.execvpe(command[0], command, environment(place.with_name("flower")))
 
@@ -119,9 +126,10 @@ def check(file: Where = "site.toml", as_json: AsJson = False) -> None:
     from fedistill.site.gate import requests
 
     policy = _policy(file)
-    from fedistill.config import Config
+    from fedistill.config import make_config
 
-    data = load_data(Config(data=policy.data).resolved())
+    asked: dict[str, Any] = {"data": policy.data} | ({"privacy": "dp", "epsilon": 1.0} if policy.required else {})
+    data = load_data(make_config(asked).resolved())
     ledger = ledger_file(policy.work, policy.name)
     spends = Ledger(ledger, create=False).verify().count if ledger.exists() else 0
     counts = dict(zip(data.class_names, data.train.counts(data.classes), strict=True))
@@ -165,7 +173,7 @@ def pending(
         config, decision = request.job["config"], _word(request)
         epsilon = f"{config['epsilon']:g}" if config["privacy"] == "dp" else "no guarantee"
         made = request.made[:16].replace("T", " ")
-        table.add_row(request.id, made, config["method"], str(config["ipc"]), epsilon, decision)
+        table.add_row(request.id[:8], made, plain(config["method"]), str(config["ipc"]), epsilon, decision)
     Console(markup=False, highlight=False).print(table if found else "Nothing waits.")
 
 
@@ -235,7 +243,8 @@ def log(file: Where = "site.toml", as_json: AsJson = False) -> None:
         return
     table = Table("time (UTC)", "set", "decision", "by", "reason", box=None)
     for d in found:
-        table.add_row(d.time[:16].replace("T", " "), d.id, "approved" if d.approved else "rejected", d.who, d.reason)
+        what, who = "approved" if d.approved else "rejected", d.who or "the policy"
+        table.add_row(d.time[:16].replace("T", " "), d.id[:8], what, who, plain(d.reason))
     Console(markup=False, highlight=False).print(table if found else "Nothing was decided yet.")
 
 
@@ -262,12 +271,13 @@ def _facts(request: Request) -> dict[str, Any]:
 def _word(request: Request) -> str:
     if request.decision is None:
         return "waits"
-    return f"{'approved' if request.decision.approved else 'rejected'} by {request.decision.who}"
+    return f"{'approved' if request.decision.approved else 'rejected'} by {request.decision.who or 'the policy'}"
 
 
 def _say(text: str) -> None:
-    screen.print(text, soft_wrap=True, highlight=False, markup=False)
+    screen.print(plain(text), soft_wrap=True, highlight=False, markup=False)
 
 
 def _print(text: str) -> None:
-    Console(markup=False, highlight=False).print(text, soft_wrap=True)
+    """What a server said, too, must not steer the terminal, or begin a line."""
+    Console(markup=False, highlight=False).print(plain(text), soft_wrap=True)

@@ -2,18 +2,21 @@
 
     <work>/site-<name>/outbox/<id>/          set/ with its contact sheet, and request.json: the job that made it
     <work>/site-<name>/decisions.jsonl       who let what out, or did not; each line holds the hash of the one before
+    <work>/site-<name>/decisions.head        how many lines there are, and the hash of the last
 
-A decision is the line in the log, and nothing else. It stands for the very bytes that were shown, since the id is their hash.
+A decision is the line in the log, and nothing else. It is about what leaves, whatever job asks for it: the id is its hash. What
+the log cannot show is that somebody rewrote all of it, or put back old copies of both files.
 """
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
+import pwd
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +29,16 @@ from fedistill.processes import alone
 from fedistill.site.folder import site_folder
 from fedistill.site.policy import Policy
 from fedistill.synthetic.set import SyntheticSet
+from fedistill.synthetic.sheet import sheet_of
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import encode
 
 START = "0" * 64
 POLL_SECONDS = 1.0
-BY_POLICY = "policy"
+BY_POLICY = ""  # nobody's account
+MOST_WAITING = 50
 LONGEST_REASON = 500
+DIGITS = 24  # of an id
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +64,11 @@ class Request:
     decision: Decision | None
 
     def load(self) -> SyntheticSet:
-        """The set. Raises `FedistillError` where its files are not those that the id stands for."""
+        """The set, with its contact sheet drawn anew. Raises `FedistillError` where its files are not what the id stands for."""
         made = load_set(self.folder / "set")
-        if identity(made, self.job) != self.id:
+        if identity(made) != self.id:
             raise FedistillError("bad-set", f"The files in {self.folder} were changed after the set was made.")
+        sheet_of(made).save(self.folder / "set" / "contact-sheet.png")
         return made
 
 
@@ -70,15 +77,17 @@ def may_leave(
 ) -> SyntheticSet | None:
     """The set as it may leave now, or None where it waits for a person, for whom the call waits about `seconds`.
 
-    Raises `FedistillError`: "policy" on a set that must not leave, "rejected" where a person said no.
+    Raises `FedistillError`: "policy" on a set that must not leave, or where too many wait; "rejected" where a person said no.
     """
     policy.check_set(made)
     settings = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["scope"] != "run"}
     job = {"config": settings, "run": run, "round": round}
     folder = site_folder(policy.work, policy.name)
-    name = identity(made, job)
+    name = identity(made)
     place = folder / "outbox" / name
     if not (place / "request.json").exists():
+        if sum(request.decision is None for request in requests(policy)) >= MOST_WAITING:
+            raise FedistillError("policy", f"{MOST_WAITING} sets wait for a decision at this site: no more until then.")
         save_set(made, place / "set")
         write_json(place / "request.json", {"made": _now(), "job": job})
     if not policy.manual and decided(folder, name) is None:
@@ -93,14 +102,13 @@ def may_leave(
     return made
 
 
-def identity(made: SyntheticSet, job: dict[str, Any]) -> str:
-    """Twelve digits of a hash over all that would leave, and the job."""
+def identity(made: SyntheticSet) -> str:
+    """A hash over all that would leave."""
     arrays, text = encode(made)
-    parts = [json.dumps(job, sort_keys=True), text]
-    found = hashlib.sha256("\n".join(parts).encode())
+    found = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         found.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode() + arrays[name].tobytes())
-    return found.hexdigest()[:12]
+    return found.hexdigest()[:DIGITS]
 
 
 def requests(policy: Policy) -> list[Request]:
@@ -123,26 +131,44 @@ def request_of(policy: Policy, name: str) -> Request:
     return found[0]
 
 
-def decide(policy: Policy, name: str, *, approved: bool, reason: str, who: str = "") -> Decision:
+def decide(policy: Policy, name: str, *, approved: bool, reason: str, who: str | None = None) -> Decision:
     """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back."""
     if len(reason) > LONGEST_REASON or "\n" in reason:
         raise FedistillError("bad-reason", f"A reason is one line of at most {LONGEST_REASON} characters.")
     folder = site_folder(policy.work, policy.name)
+    try:
+        return _decide(folder, name, approved, reason, who)
+    except PermissionError as error:
+        raise FedistillError(
+            "not-allowed",
+            f"{error.filename} belongs to another account: decide with the one that `site start` runs under.",
+        ) from None
+
+
+def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | None) -> Decision:
     with alone(folder / "outbox", wait=True):
         log = read_log(folder)
+        file = folder / "decisions.jsonl"
+        _store_head(file)  # one behind where a process was killed between its two writes
         for before in log:
             if before.id == name:
                 word = "approved" if before.approved else "rejected"
-                raise FedistillError("decided", f"{name} was {word} by {before.who} on {before.time}: that stands.")
-        file = folder / "decisions.jsonl"
+                by = before.who or "the policy"
+                raise FedistillError("decided", f"{name} was {word} by {by} on {before.time}: that stands.")
         decision = Decision(
-            time=_now(), id=name, approved=approved, who=who or _account(), reason=reason, previous=_last(file)
+            time=_now(),
+            id=name,
+            approved=approved,
+            who=_account() if who is None else who,
+            reason=reason,
+            previous=_last(file),
         )
         with open(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0) as out:
             torn = file.read_bytes().rpartition(b"\n")[2]
             out.truncate(out.tell() - len(torn))  # a line that a killed process did not finish decided nothing
             out.write(_line(decision))
             os.fsync(out.fileno())
+        _store_head(file)
     return decision
 
 
@@ -152,25 +178,53 @@ def decided(folder: Path, name: str) -> Decision | None:
 
 def read_log(folder: Path) -> list[Decision]:
     """The decisions in a site's folder, the oldest first. Raises `FedistillError` ("broken-log") where a line was changed,
-    removed, put in or moved; that the newest ones were cut off does not show."""
+    removed, put in or moved."""
+    for _ in range(2):
+        with suppress(FedistillError):  # a decision may be written right now
+            return _read_log(folder)
+        time.sleep(0.1)
+    return _read_log(folder)
+
+
+def _read_log(folder: Path) -> list[Decision]:
     file = folder / "decisions.jsonl"
+    count, last = _head(file)
     found: list[Decision] = []
-    previous = START
+    hashes = [START]  # of the line before the first, of the first, ...
     for place, line in enumerate(_lines(file), 1):
         try:
             decision = Decision(**json.loads(line))
         except (ValueError, TypeError):
             decision = None
-        if decision is None or decision.previous != previous or _line(decision) != line:
+        if decision is None or decision.previous != hashes[-1] or _line(decision) != line:
             raise FedistillError("broken-log", f"Line {place} of {file} is not as it was written: nothing leaves.")
         found.append(decision)
-        previous = hashlib.sha256(line).hexdigest()
+        hashes.append(hashlib.sha256(line).hexdigest())
+    # The head is stored after the line, so it may be one behind.
+    if not len(found) - 1 <= count <= len(found) or hashes[count] != last:
+        raise FedistillError("broken-log", f"{file} is not as it was when it was last written: nothing leaves.")
     return found
 
 
 def _lines(file: Path) -> Sequence[bytes]:
     whole = file.read_bytes() if file.exists() else b""
     return whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _head(file: Path) -> tuple[int, str]:
+    """How many lines there were when one was last written, and the hash of the last."""
+    path = file.with_suffix(".head")
+    if not path.exists():
+        return 0, START
+    try:
+        head = read_json(path)
+        return int(head["count"]), str(head["hash"])
+    except (ValueError, KeyError, TypeError):
+        raise FedistillError("broken-log", f"{path} is not as it was written: nothing leaves.") from None
+
+
+def _store_head(file: Path) -> None:
+    write_json(file.with_suffix(".head"), {"count": len(_lines(file)), "hash": _last(file)})
 
 
 def _last(file: Path) -> str:
@@ -183,9 +237,10 @@ def _line(decision: Decision) -> bytes:
 
 
 def _account() -> str:
+    """By its number, and not by what the environment says of it."""
     try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # an account without a name
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
         return f"account {os.getuid()}"
 
 

@@ -31,10 +31,11 @@ import torch
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError, unknown
+from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
 from fedistill.privacy.plan import delta_of, records_of
 from fedistill.release.claim import UNITS as CLAIMED
-from fedistill.release.claim import read_claim
+from fedistill.release.claim import check_conditions, read_claim
 from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
@@ -137,11 +138,23 @@ class Policy:
             return data
         if data.kind == "multilabel":
             _refuse("This site has a limit of images per class, and they have several findings: it takes privacy=dp.")
-        counts = torch.tensor(data.train.counts(data.classes))
-        kept = counts[data.train.labels] >= self.smallest_class
-        if not kept.any():
+        large = torch.tensor(data.train.counts(data.classes)) >= self.smallest_class
+        if not large.any():
             _refuse("No class of this site is as large as it demands of a job without privacy.")
-        return dataclasses.replace(data, train=data.train.take(kept.nonzero().flatten()))
+        parts = {}
+        for name, split in data.splits.items():  # counts of answers, too, are exact
+            enough = torch.tensor(split.counts(data.classes)) >= self.smallest_class
+            parts[name] = split.take((large & enough)[split.labels].nonzero().flatten())
+        return dataclasses.replace(data, train=parts["train"], val=parts["val"], test=parts["test"])
+
+    def check_answers(self, config: Config, data: Dataset, split: str) -> None:
+        """Raise `FedistillError` ("policy") where counts of answers on a split must not leave."""
+        if not self.answers:
+            _refuse("This site lets no counts of answers leave.")
+        if config.privacy == "dp":
+            delta = auto_delta(max(records_of(data.splits[split], config.unit), 1))
+            if delta > self.max_delta:
+                _refuse(f"delta={delta:g} of answers is more than this site gives to one job: {self.max_delta:g}.")
 
     def check_set(self, made: SyntheticSet) -> None:
         """Raise `FedistillError` ("policy") on a set that must not leave, whatever the job said of it."""
@@ -150,6 +163,7 @@ class Policy:
         if made.sites != (self.name,):
             _refuse("The set is not only this site's.")
         claim = read_claim(made)
+        check_conditions(claim)
         if claim.real:
             _refuse("The set holds real images, or began with them.")
         if claim.epsilon is None or claim.delta is None:

@@ -429,3 +429,17 @@ def test_counts_of_answers_stay_where_the_policy_says_so(tmp_path: Path) -> None
     grid = run(tiny(out=str(tmp_path / "run"), server_data="none", privacy="none", epsilon=0.0), nodes)
     assert {code for code, _ in grid.errors("evaluate.models")} == {"policy"}
     assert grid.answers("evaluate.models") == []
+
+
+@pytest.mark.parametrize("more", [{"method": "cf"}, {"labels": "soft"}, {"method": "ptm", "budget": "proportional"}])
+def test_work_that_is_not_private_costs_nothing(more: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever a server's message says: the site itself asks before it pays."""
+    config = dataclasses.replace(tiny(server_data="none"), **more)
+    about = {"config": json.dumps(config.to_dict()), "round": 1, "run": "r", "seconds": 5.0}
+    node = deployed(tmp_path)[0]
+    Recorder([node])  # which sets up Flower's identity
+    message = Message(RecordDict({"job": ConfigRecord(about)}), 100, "train.distill")
+    context = Context(run_id=1, node_id=100, node_config=node, state=RecordDict(), run_config={})
+    reply = client_app(message, context).content.config_records["error"]
+    assert reply["code"] in ("not-private", "not-for-method")
+    assert not list(tmp_path.rglob("ledger.db"))

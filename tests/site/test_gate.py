@@ -48,7 +48,7 @@ def test_nothing_leaves_before_somebody_decided(policy: Policy, made: SyntheticS
     assert (request.folder / "set" / "contact-sheet.png").exists()
     decide(policy, request.id, approved=True, reason="looked at it")
     assert ask(policy, made) is made
-    assert ask(policy, made, run="another job") is None
+    assert ask(policy, made, run="another job") is made  # what may leave is not asked about twice
 
 
 def test_a_rejected_set_never_leaves_and_the_reason_stays(policy: Policy, made: SyntheticSet) -> None:
@@ -58,6 +58,8 @@ def test_a_rejected_set_never_leaves_and_the_reason_stays(policy: Policy, made: 
         ask(policy, made)
     assert caught.value.code == "rejected"
     assert "Miller" not in caught.value.sentence
+    with pytest.raises(FedistillError, match="does not let the set leave"):
+        ask(policy, made, run="the server tries again")
 
 
 def test_a_decision_stands(policy: Policy, made: SyntheticSet) -> None:
@@ -117,7 +119,7 @@ def log_of(policy: Policy, decisions: int = 3) -> Path:
     return site_folder(policy.work, "north") / "decisions.jsonl"
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
 @pytest.mark.parametrize("change", ["field", "remove", "double", "spaces", "extra"])
 def test_a_log_that_was_changed_stops_everything(policy: Policy, change: str, place: int) -> None:
     file = log_of(policy, 4)
@@ -131,7 +133,7 @@ def test_a_log_that_was_changed_stops_everything(policy: Policy, change: str, pl
         "extra": [json.dumps(json.loads(line) | {"more": 1}).encode() + b"\n"],
     }[change]
     file.write_bytes(b"".join(lines))
-    with pytest.raises(FedistillError, match="is not as it was written: nothing leaves") as caught:
+    with pytest.raises(FedistillError, match=r"is not as it was .*written: nothing leaves") as caught:
         decided(file.parent, "0" * 12)
     assert caught.value.code == "broken-log"
     with pytest.raises(FedistillError, match="nothing leaves"):
@@ -139,15 +141,83 @@ def test_a_log_that_was_changed_stops_everything(policy: Policy, change: str, pl
 
 
 def test_every_stump_of_a_last_line_decides_nothing(policy: Policy) -> None:
-    file = log_of(policy)
+    file = log_of(policy, 2)
+    head = (file.parent / "decisions.head").read_text()
+    decide(policy, "0" * 11 + "2", approved=True, reason="the last", who="anna")
     whole = file.read_bytes()
     last = len(whole) - len(whole.splitlines(keepends=True)[-1])
+    (file.parent / "decisions.head").write_text(head)  # a process that was killed in the line had stored no head of it
     for cut in range(last, len(whole)):
         file.write_bytes(whole[:cut])
         assert [d.id for d in read_log(file.parent)] == ["0" * 12, "0" * 11 + "1"]
     decide(policy, "f" * 12, approved=False, reason="after the crash", who="anna")
     assert [d.id for d in read_log(file.parent)][2:] == ["f" * 12]
     assert file.stat().st_mode & 0o077 == 0
+
+
+def test_a_head_that_was_stored_one_line_late_is_no_damage(policy: Policy) -> None:
+    file = log_of(policy, 2)
+    head = file.with_suffix(".head")
+    before = head.read_text()
+    decide(policy, "e" * 12, approved=True, reason="", who="anna")
+    head.write_text(before)
+    assert len(read_log(file.parent)) == 3
+    decide(policy, "f" * 12, approved=True, reason="", who="anna")
+    assert len(read_log(file.parent)) == 4
+    head.write_text(before)
+    with pytest.raises(FedistillError, match="when it was last written"):
+        read_log(file.parent)
+    head.unlink()
+    with pytest.raises(FedistillError, match="when it was last written"):
+        read_log(file.parent)
+
+
+def test_only_so_many_sets_may_wait(policy: Policy, made: SyntheticSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "MOST_WAITING", 2)
+    sets = [quantise(dataclasses.replace(made, images=made.images * k)) for k in (1.0, 2.0, 3.0)]
+    assert ask(policy, sets[0]) is None
+    assert ask(policy, sets[1]) is None
+    with pytest.raises(FedistillError, match="2 sets wait for a decision"):
+        ask(policy, sets[2])
+    assert ask(policy, sets[0]) is None
+    decide(policy, requests(policy)[0].id, approved=False, reason="")
+    assert ask(policy, sets[2]) is None
+
+
+def test_another_account_gets_a_sentence(policy: Policy, made: SyntheticSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(policy, made)
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "decisions.jsonl")
+
+    monkeypatch.setattr(gate, "_decide", forbidden)
+    with pytest.raises(FedistillError, match="belongs to another account: decide with the one that `site start`"):
+        decide(policy, requests(policy)[0].id, approved=True, reason="")
+
+
+def test_who_decided_is_not_what_the_environment_says(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGNAME", "dr-meier")
+    monkeypatch.setenv("USER", "dr-meier")
+    assert decide(policy, "a" * 12, approved=True, reason="").who not in ("dr-meier", gate.BY_POLICY)
+
+
+def test_what_a_server_says_does_not_steer_the_screen(
+    policy: Policy, made: SyntheticSet, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nasty = dataclasses.replace(CONFIG, eval_models="convnet\x1b[31m\nDifferential privacy with epsilon = 0.1")
+    may_leave(policy, made, nasty, run="r", round=1, seconds=0.0)
+    shown = say(capsys, "show", requests(policy)[0].id, "--site", file)[1]
+    assert "\x1b" not in shown
+    assert not [line for line in shown.splitlines() if line.startswith("Differential privacy")]
+
+
+def test_the_sheet_that_is_looked_at_is_drawn_from_the_set(policy: Policy, made: SyntheticSet) -> None:
+    ask(policy, made)
+    sheet = requests(policy)[0].folder / "set" / "contact-sheet.png"
+    before = sheet.read_bytes()
+    sheet.write_bytes(b"another picture")
+    requests(policy)[0].load()
+    assert sheet.read_bytes() == before
 
 
 def test_ids_may_be_cut_short_but_not_guessed(policy: Policy, made: SyntheticSet) -> None:
@@ -183,7 +253,7 @@ def test_an_officer_looks_and_decides(
 ) -> None:
     ask(policy, made)
     name = requests(policy)[0].id
-    assert name in say(capsys, "pending", "--site", file)[1]
+    assert name[:8] in say(capsys, "pending", "--site", file)[1]
     shown = say(capsys, "show", name, "--site", file)[1]
     for expected in ("No formal guarantee", "4 images: a 2, b 2", "method=ptm", "contact-sheet.png", ": waits"):
         assert expected in shown

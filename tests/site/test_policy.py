@@ -128,6 +128,8 @@ def test_a_small_class_takes_no_part_without_privacy() -> None:
     policy = dataclasses.replace(POLICY, smallest_class=small + 1)
     kept = policy.check_data(config, data)
     assert kept.train.counts(3)[1] == 0
+    for split in (kept.val, kept.test):  # counts of answers on them are exact
+        assert all(n == 0 or n > small for n in split.counts(3))
     assert len(kept.train) == len(data.train) - small
     assert dataclasses.replace(POLICY, smallest_class=small).check_data(config, data) is not data
     assert len(dataclasses.replace(POLICY, smallest_class=small).check_data(config, data).train) == len(data.train)
@@ -146,6 +148,25 @@ def test_a_job_whose_set_could_not_leave_is_refused_before_it_costs_anything() -
         dataclasses.replace(POLICY, largest_set=30).check_data(job(ipc=11), data)
     with pytest.raises(FedistillError, match=r"delta=0.01 is more than this site gives to one job: 0.001"):
         dataclasses.replace(POLICY, max_delta=1e-3).check_data(job(), data)
+
+
+def test_answers_have_a_delta_of_their_own() -> None:
+    data = phantom_data(make_config({"phantom_images": 900, "phantom_classes": 3, "phantom_size": 16}).resolved())
+    policy = dataclasses.replace(POLICY, max_delta=1e-3)
+    policy.check_data(job(ipc=2), data)
+    few = dataclasses.replace(data, test=data.test.take(torch.arange(60)))
+    with pytest.raises(FedistillError, match=r"delta=0.01 of answers is more"):
+        policy.check_answers(job(), few, "test")
+    dataclasses.replace(policy, max_delta=0.01).check_answers(job(), few, "test")
+    with pytest.raises(FedistillError, match="lets no counts of answers leave"):
+        dataclasses.replace(policy, answers=False).check_answers(job(), few, "test")
+
+
+def test_a_guarantee_whose_conditions_do_not_hold_does_not_leave() -> None:
+    broken = private()
+    broken.manifest["north"]["privacy"]["conditions"][0]["status"] = "failed"
+    with pytest.raises(FedistillError, match="Condition 1 failed"):
+        POLICY.check_set(broken)
 
 
 def limited(**more: Any) -> Policy:
