@@ -10,10 +10,10 @@ the log cannot show is that somebody rewrote all of it, or put back old copies o
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import os
-import pwd
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -201,7 +201,7 @@ def _read_log(folder: Path) -> list[Decision]:
         found.append(decision)
         hashes.append(hashlib.sha256(line).hexdigest())
     # The head is stored after the line, so it may be one behind.
-    if not len(found) - 1 <= count <= len(found) or hashes[count] != last:
+    if not max(len(found) - 1, 0) <= count <= len(found) or hashes[count] != last:
         raise FedistillError("broken-log", f"{file} is not as it was when it was last written: nothing leaves.")
     return found
 
@@ -239,7 +239,11 @@ def _line(decision: Decision) -> bytes:
 def _account() -> str:
     """By its number, and not by what the environment says of it."""
     try:
+        import pwd
+
         return pwd.getpwuid(os.getuid()).pw_name
+    except ImportError:  # Windows
+        return getpass.getuser()
     except KeyError:
         return f"account {os.getuid()}"
 
