@@ -100,14 +100,15 @@ def read_chain(rows: Iterable[tuple[Any, ...]]) -> list[Entry]:
     return entries
 
 
-def check_head(entries: Sequence[Entry], head: Head) -> None:
-    """Raises `BrokenChain` unless `entries` end where `head` says, or one entry later.
+def check_head(hashes: Sequence[str], head: Head) -> None:
+    """Raises `BrokenChain` unless the entries of these hashes end where `head` says, or one entry later.
 
     One later, because the head is stored after the entry, and a process may be killed in between.
     """
-    if head.count > len(entries):
-        raise BrokenChain(f"its newest entries are missing: {head.count} were written, {len(entries)} are there")
-    if head.count < len(entries) - 1 or head != head_of(entries[: head.count]):
+    there = len(hashes)
+    if head.count > there:
+        raise BrokenChain(f"its newest entries are missing: {head.count} were written, {there} are there")
+    if head.count < max(there - 1, 0) or head.hash != (START, *hashes)[head.count]:
         raise BrokenChain(f"its head was stored at another state of it, of {head.count} entries")
 
 

@@ -220,7 +220,7 @@ class Ledger:
             raise self._broken("its head is missing")
         try:
             entries = read_chain(rows)
-            check_head(entries, head)
+            check_head([entry.hash for entry in entries], head)
         except BrokenChain as broken:
             raise self._broken(str(broken)) from None
         return entries

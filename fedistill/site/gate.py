@@ -25,6 +25,7 @@ from typing import Any
 from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
+from fedistill.privacy.chain import START, BrokenChain, Head, check_head
 from fedistill.processes import alone
 from fedistill.site.folder import site_folder
 from fedistill.site.policy import Policy
@@ -33,7 +34,6 @@ from fedistill.synthetic.sheet import sheet_of
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import encode
 
-START = "0" * 64
 POLL_SECONDS = 1.0
 BY_POLICY = ""  # nobody's account
 MOST_WAITING = 50
@@ -161,7 +161,7 @@ def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | Non
             approved=approved,
             who=_account() if who is None else who,
             reason=reason,
-            previous=_last(file),
+            previous=_now_head(file).hash,
         )
         with open(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0) as out:
             torn = file.read_bytes().rpartition(b"\n")[2]
@@ -188,21 +188,24 @@ def read_log(folder: Path) -> list[Decision]:
 
 def _read_log(folder: Path) -> list[Decision]:
     file = folder / "decisions.jsonl"
-    count, last = _head(file)
+    head = _head(file)  # before the lines: a decision may be written right now
     found: list[Decision] = []
-    hashes = [START]  # of the line before the first, of the first, ...
+    hashes: list[str] = []
     for place, line in enumerate(_lines(file), 1):
         try:
             decision = Decision(**json.loads(line))
         except (ValueError, TypeError):
             decision = None
-        if decision is None or decision.previous != hashes[-1] or _line(decision) != line:
+        if decision is None or decision.previous != (hashes or [START])[-1] or _line(decision) != line:
             raise FedistillError("broken-log", f"Line {place} of {file} is not as it was written: nothing leaves.")
         found.append(decision)
-        hashes.append(hashlib.sha256(line).hexdigest())
-    # The head is stored after the line, so it may be one behind.
-    if not max(len(found) - 1, 0) <= count <= len(found) or hashes[count] != last:
-        raise FedistillError("broken-log", f"{file} is not as it was when it was last written: nothing leaves.")
+        hashes.append(_hash(line))
+    try:
+        check_head(hashes, head)
+    except BrokenChain:
+        raise FedistillError(
+            "broken-log", f"{file} is not as it was when it was last written: nothing leaves."
+        ) from None
     return found
 
 
@@ -211,25 +214,29 @@ def _lines(file: Path) -> Sequence[bytes]:
     return whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
-def _head(file: Path) -> tuple[int, str]:
-    """How many lines there were when one was last written, and the hash of the last."""
+def _head(file: Path) -> Head:
+    """What was stored after a line was last written."""
     path = file.with_suffix(".head")
     if not path.exists():
-        return 0, START
+        return Head(0, START)
     try:
-        head = read_json(path)
-        return int(head["count"]), str(head["hash"])
+        found = read_json(path)
+        return Head(int(found["count"]), str(found["hash"]))
     except (ValueError, KeyError, TypeError):
         raise FedistillError("broken-log", f"{path} is not as it was written: nothing leaves.") from None
 
 
-def _store_head(file: Path) -> None:
-    write_json(file.with_suffix(".head"), {"count": len(_lines(file)), "hash": _last(file)})
-
-
-def _last(file: Path) -> str:
+def _now_head(file: Path) -> Head:
     lines = _lines(file)
-    return hashlib.sha256(lines[-1]).hexdigest() if lines else START
+    return Head(len(lines), _hash(lines[-1]) if lines else START)
+
+
+def _store_head(file: Path) -> None:
+    write_json(file.with_suffix(".head"), asdict(_now_head(file)))
+
+
+def _hash(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest()
 
 
 def _line(decision: Decision) -> bytes:
