@@ -122,8 +122,9 @@ def begin_server(folder: Path, address: str, port: int) -> Server:
     server = Server(folder, f"{host}:{outside}", port)
     new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # the folder is there whole, or not at all
     new.mkdir(parents=True, mode=0o700)
+    (new / "pki").mkdir(mode=0o700)
     _certificates(new / "pki", host)
-    _secret(new / "pki" / "superexec.secret", secrets.token_hex(32).encode())
+    write_once(new / "pki" / "superexec.secret", secrets.token_hex(32).encode())
     config = (
         f'[superlink]\ndefault = "{HERE}"\n[superlink.{HERE}]\naddress = "{server.link}"\n'
         f'root-certificates = "{folder}/pki/ca.crt"\n'
@@ -258,12 +259,6 @@ def _fingerprint(parts: Mapping[str, bytes]) -> str:
     return " ".join(digest[k : k + 4] for k in range(0, 16, 4))
 
 
-def _secret(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
-
-
 def _certificates(folder: Path, host: str) -> None:
     """An authority of the federation's own, and a certificate by it for `host` and for this machine."""
     now = datetime.datetime.now(datetime.UTC)
@@ -287,7 +282,7 @@ def _certificates(folder: Path, host: str) -> None:
         made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         mine = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
         made = made.add_extension(mine, critical=False).add_extension(_usage(signs=file == "ca"), critical=True)
-        _secret(folder / f"{file}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN))
+        write_once(folder / f"{file}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN))
         write_bytes(folder / f"{file}.crt", made.sign(authority, hashes.SHA384()).public_bytes(_PEM))
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import threading
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from fedistill.errors import FedistillError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -47,6 +50,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def read_toml(path: Path, code: str) -> dict[str, Any]:
+    """The table in a file. Raises `FedistillError`, with this code, on a file that cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FedistillError(code, f"{path} is not a readable TOML file: {error}.") from None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:

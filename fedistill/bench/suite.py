@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from fedistill.config import Config, make_config
 from fedistill.errors import FedistillError, unknown
+from fedistill.files import read_toml
 from fedistill.simulation import app_folder
 
 WHOLE = "whole"  # training on all real images of a data set: the reference of every method
@@ -129,10 +129,7 @@ def _recipe(path: Path) -> Recipe:
 
 def _read(path: Path, own: Mapping[str, type], keys: set[str]) -> dict[str, Any]:
     """The table in a file. Raises `FedistillError` on names that are neither in `own` nor in `keys`."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FedistillError("bad-suite", f"{path} is not a readable TOML file: {error}.") from None
+    values = read_toml(path, "bad-suite")
     for name, value in values.items():
         if name not in own and name not in keys:
             raise _located(path, unknown("key", name, [*own, *keys]))

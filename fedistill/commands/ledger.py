@@ -11,12 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedistill.commands.shared import AsJson, screen
 from fedistill.errors import FedistillError
 
 app = typer.Typer(help="What was spent on a site's private data.", no_args_is_help=True, rich_markup_mode=None)
 
 Where = Annotated[str, typer.Argument(metavar="PATH", help="The site's ledger.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command()
@@ -56,7 +56,7 @@ def verify(path: Where, as_json: AsJson = False) -> None:
         if as_json:
             print(json.dumps({"holds": False, "why": error.sentence}, indent=1))
         else:
-            Console(stderr=True).print(error.sentence, style="red", soft_wrap=True, highlight=False, markup=False)
+            screen.print(error.sentence, style="red", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps({"holds": True, **asdict(head)}, indent=1))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from fedistill.commands.shared import AsJson, screen
+
 if TYPE_CHECKING:
     from fedistill.release.verify import Verified
 
 app = typer.Typer(help="Publish a synthetic set, and check one.", no_args_is_help=True, rich_markup_mode=None)
-screen = Console(stderr=True)
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The release.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.command()

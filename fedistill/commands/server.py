@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import time
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedistill.commands.shared import AsJson, screen
+from fedistill.commands.shared import AsJson, say
 from fedistill.errors import FedistillError
-from fedistill.release.text import plain
 
 if TYPE_CHECKING:
     from fedistill.deploy import Server
@@ -28,7 +26,6 @@ app = typer.Typer(
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The server's folder.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")]
 STARTING = 60.0  # seconds that a program of Flower may take to start
-ENDS = {"done": "finished", "failed": "failed"}
 
 
 @app.command()
@@ -41,7 +38,7 @@ def init(
     from fedistill.deploy import begin_server
 
     server = begin_server(Path(folder), address, port)
-    _say(
+    say(
         f"{folder} is a server for {server.address}. nginx.conf is what may be reached from outside: nothing else should be."
     )
 
@@ -83,8 +80,8 @@ def add_site(folder: Folder, name: Name) -> None:
     from fedistill.deploy import make_kit, read_server
 
     path, fingerprint = make_kit(read_server(Path(folder)), name)
-    _say(f"Give {path} to {name}, and tell them by telephone: {fingerprint}")
-    _say(f"They send back {name}.key.pub: then `fedistill server admit {folder} {name} {name}.key.pub`.")
+    say(f"Give {path} to {name}, and tell them by telephone: {fingerprint}")
+    say(f"They send back {name}.key.pub: then `fedistill server admit {folder} {name} {name}.key.pub`.")
 
 
 @app.command()
@@ -100,7 +97,7 @@ def admit(
     if not public.is_file() or public.stat().st_size > 10_000 or b"PRIVATE" in public.read_bytes():
         raise FedistillError("bad-key", f"{key} is no public key: the file that the site sends ends in .pub.")
     _flower(read_server(Path(folder)), "supernode", "register", str(public), HERE, "--name", name)
-    _say(f"{name} is admitted.")
+    say(f"{name} is admitted.")
 
 
 @app.command()
@@ -130,15 +127,13 @@ def run(
     from fedistill.config import make_config
     from fedistill.deploy import HERE, read_server, run_words
     from fedistill.events import claim_folder
+    from fedistill.files import read_toml
     from fedistill.privacy.rules import check_private
     from fedistill.simulation import app_folder
 
     server = read_server(Path(folder))
-    try:
-        settings: dict[str, Any] = tomllib.loads(Path(job).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FedistillError("bad-job", f"{job} is not a readable TOML file: {error}.") from None
-    settings = {"server_data": "none"} | settings | {"out": str(_run_folder(server, name or Path(job).stem))}
+    settings: dict[str, Any] = {"server_data": "none"} | read_toml(Path(job), "bad-job")
+    settings["out"] = str(_run_folder(server, name or Path(job).stem))
     config = make_config(settings).resolved()
     check_private(config)
     if Path(config.out).exists():
@@ -146,7 +141,7 @@ def run(
     if not config.sites:
         raise FedistillError("no-number", f"{job}: say with sites = 3 how many take part, so that none is left out.")
     _flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings))
-    _say(f"Started: {config.out}")
+    say(f"Started: {config.out}")
 
 
 @app.command()
@@ -171,7 +166,7 @@ def status(folder: Folder, name: Annotated[str, typer.Argument(metavar="RUN")], 
         print(json.dumps({"finished": done, "error": error, "sites": told}, indent=1))
         return
     Console(markup=False, highlight=False).print(render(state))
-    _say(error or (f"Finished: {place / 'report.html'}" if done else "At work."))
+    say(error or (f"Finished: {place / 'report.html'}" if done else "At work."))
 
 
 def _run_folder(server: Server, name: str) -> Path:
@@ -205,7 +200,3 @@ def _wait_for(server: Server, child: subprocess.Popen[bytes]) -> None:
             if found.connect_ex(("127.0.0.1", server.port)) == 0:
                 return
         time.sleep(0.2)
-
-
-def _say(text: str) -> None:
-    screen.print(plain(text), soft_wrap=True, highlight=False, markup=False)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedistill.config import Config, make_config
 from fedistill.errors import FedistillError
+from fedistill.release.text import plain
 
 screen = Console(stderr=True)  # progress and tables for people; stdout is for --json
 
@@ -55,6 +56,12 @@ Delta = Annotated[
 ]
 Unit = Annotated[str | None, typer.Option(help="Whom epsilon protects: image, or patient (data that name patients).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def say(text: str) -> None:
+    """One line for people. What others said must not steer the terminal, or begin a line."""
+    screen.print(plain(text), soft_wrap=True, highlight=False, markup=False)
+
 
 KEYS = {f.name for f in fields(Config)}
 

@@ -10,22 +10,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedistill.commands.shared import AsJson, say
 from fedistill.errors import FedistillError
 from fedistill.release.text import plain
 
 if TYPE_CHECKING:
     from fedistill.site.gate import Request
+    from fedistill.site.policy import Policy
 
 app = typer.Typer(
     help="At a hospital: what may leave, and what waits for a decision.", no_args_is_help=True, rich_markup_mode=None
 )
-screen = Console(stderr=True)
 
 Where = Annotated[
     str, typer.Option("--site", metavar="FILE", envvar="FEDISTILL_SITE", help="The site's policy, site.toml.")
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="Of the set, or how it begins; `site pending` lists them.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Reason = Annotated[str, typer.Option(help="One line for the log, which stays at the site.")]
 
 TEMPLATE = """\
 # The policy of this site. No server can change it; a job that does not fit is refused.
@@ -84,12 +85,12 @@ def init(
             raise FedistillError("exists", f"{authority} is of another federation: choose another folder for this one.")
         public = make_site_key(place.with_name(f"{called}.key"))
         text += f'\n[connection]\nserver = "{found.address}"\nauthority = "{called}.ca.crt"\nkey = "{called}.key"\n'
-        _say(f"The fingerprint of the kit is {found.fingerprint}: the operator must say the same over the telephone.")
-        _say(f"Send {public} to the operator.")
+        say(f"The fingerprint of the kit is {found.fingerprint}: the operator must say the same over the telephone.")
+        say(f"Send {public} to the operator.")
         unit = unit_of(f"site start --site {place.absolute()}")
         write_bytes(place.with_name("fedistill-site.service"), unit.encode())
     write_bytes(place, text.encode())
-    _say(f"{file} is written: read it, change it, then `fedistill site check`.")
+    say(f"{file} is written: read it, change it, then `fedistill site check`.")
 
 
 @app.command()
@@ -120,14 +121,13 @@ def start(
 @app.command()
 def check(file: Where = "site.toml", as_json: AsJson = False) -> None:
     """Say whether the policy is understood and the data can be used, what was spent, and what waits."""
+    from fedistill.config import make_config
     from fedistill.data.sources import load_data
     from fedistill.privacy.ledger import Ledger
     from fedistill.site.folder import ledger_file
     from fedistill.site.gate import requests
 
     policy = _policy(file)
-    from fedistill.config import make_config
-
     asked: dict[str, Any] = {"data": policy.data} | ({"privacy": "dp", "epsilon": 1.0} if policy.required else {})
     data = load_data(make_config(asked).resolved())
     ledger = ledger_file(policy.work, policy.name)
@@ -149,10 +149,10 @@ def check(file: Where = "site.toml", as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    _say(f"{policy.name}: {facts['train']} training images ({', '.join(f'{c} {n}' for c, n in counts.items())}).")
+    say(f"{policy.name}: {facts['train']} training images ({', '.join(f'{c} {n}' for c, n in counts.items())}).")
     if facts["small_classes"]:
-        _say(f"Too small for jobs without privacy: {', '.join(facts['small_classes'])}.")
-    _say(f"{spends} entries on the ledger, {len(facts['waiting'])} sets wait for a decision.")
+        say(f"Too small for jobs without privacy: {', '.join(facts['small_classes'])}.")
+    say(f"{spends} entries on the ledger, {len(facts['waiting'])} sets wait for a decision.")
 
 
 @app.command()
@@ -187,8 +187,8 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
     request = request_of(_policy(file), name)
     made = request.load()
     claim, counts = read_claim(made), made.groups.bincount(minlength=len(made.class_names)).tolist()
-    plain = Config().resolved().to_dict()
-    job = {key: value for key, value in request.job["config"].items() if value != plain.get(key)}
+    usual = Config().resolved().to_dict()
+    job = {key: value for key, value in request.job["config"].items() if value != usual.get(key)}
     facts = _facts(request) | {
         "guarantee": claim.sentence,
         "images": len(made),
@@ -209,21 +209,13 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
 
 
 @app.command()
-def approve(
-    name: Id,
-    file: Where = "site.toml",
-    reason: Annotated[str, typer.Option(help="One line for the log, which stays at the site.")] = "",
-) -> None:
+def approve(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
     """Let a set leave."""
     _decide(name, file, reason, approved=True)
 
 
 @app.command()
-def reject(
-    name: Id,
-    file: Where = "site.toml",
-    reason: Annotated[str, typer.Option(help="One line for the log, which stays at the site.")] = "",
-) -> None:
+def reject(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
     """Do not let a set leave. The server learns that it was rejected, and nothing more."""
     _decide(name, file, reason, approved=False)
 
@@ -255,10 +247,10 @@ def _decide(name: str, file: str, reason: str, *, approved: bool) -> None:
     request = request_of(policy, name)
     request.load()
     decision = decide(policy, request.id, approved=approved, reason=reason)
-    _say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
+    say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
 
 
-def _policy(file: str) -> Any:
+def _policy(file: str) -> Policy:
     from fedistill.site.policy import read_policy
 
     return read_policy(Path(file))
@@ -272,10 +264,6 @@ def _word(request: Request) -> str:
     if request.decision is None:
         return "waits"
     return f"{'approved' if request.decision.approved else 'rejected'} by {request.decision.who or 'the policy'}"
-
-
-def _say(text: str) -> None:
-    screen.print(plain(text), soft_wrap=True, highlight=False, markup=False)
 
 
 def _print(text: str) -> None:

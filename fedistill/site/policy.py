@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,6 +30,7 @@ import torch
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError, unknown
+from fedistill.files import read_toml
 from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
 from fedistill.privacy.plan import delta_of, records_of
@@ -182,10 +182,7 @@ class Policy:
 def read_policy(path: Path) -> Policy:
     """The policy in a file. Raises `FedistillError` ("site-config") on anything that is not understood: a limit with a slip in
     its name would be no limit."""
-    try:
-        parts = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FedistillError("site-config", f"{path} is not a readable TOML file: {error}.") from None
+    parts = read_toml(path, "site-config")
     try:
         return _policy(parts, path.absolute().parent)
     except FedistillError as error:
