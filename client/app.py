@@ -80,12 +80,12 @@ def refuse_real_images(config: Config) -> None:
         )
 
 
-def find_site(config: Config, node: dict[str, Any]) -> Site:
-    """The site that this node is, with its data.
+def find_site(config: Config, node: dict[str, Any], policy: Policy | None) -> Site:
+    """The site that this node is, with its data. policy: None in a simulation.
 
-    Raises `FedistillError` ("node-config") on a node that names no site, or that the partition has no part for.
+    Raises `FedistillError` ("node-config") on a node that the partition has no part for, ("policy") on a job that the site refuses.
     """
-    if "partition-id" in node:
+    if policy is None:
         torch.set_num_threads(1)  # simulated sites share the machine: one core each
         data, parts = _load(config, config.data, split=True)
         number = int(node["partition-id"])
@@ -93,7 +93,6 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
             raise FedistillError("node-config", f"The partition has no site number {number + 1}.")
         name = parts.names[number]
         return Site(name, parts.at(data, number), Path(config.work))
-    policy = policy_of(node)
     policy.check_job(config)
     name = policy.name
     try:
@@ -107,8 +106,13 @@ def find_site(config: Config, node: dict[str, Any]) -> Site:
     return Site(name, data, policy.work, policy)
 
 
-def policy_of(node: dict[str, Any]) -> Policy:
-    """Raises `FedistillError` where a SuperNode was started without a policy, or its policy is not understood."""
+def policy_of(node: dict[str, Any]) -> Policy | None:
+    """The policy of a real site, None in a simulation.
+
+    Raises `FedistillError` where a SuperNode was started without a policy, or its policy is not understood.
+    """
+    if "partition-id" in node:
+        return None
     if set(node) != {"site-config"} or not Path(str(node["site-config"])).is_absolute():
         raise FedistillError(
             "node-config",
@@ -134,13 +138,13 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
         folder: Path | None = None
         node = dict(context.node_config)
         try:
-            if "partition-id" not in node:
-                folder = policy_of(node).work
+            policy = policy_of(node)
+            folder = None if policy is None else policy.work
             config = make_config(json.loads(str(_job(msg)["config"])))
-            if "partition-id" in node:
+            if policy is None:
                 folder = Path(config.work)
                 config = dataclasses.replace(config, workers=1)
-            content = work(msg, find_site(config, node), config)
+            content = work(msg, find_site(config, node, policy), config)
         except FedistillError as error:
             sentence = error.sentence
             if error.code in OWN_FILES and "partition-id" not in node:

@@ -208,9 +208,8 @@ def load_bundle(config: Config, task: Task, folders: _Folders) -> Bundle:
     """What the distiller is given: of the site's images only what experts or a sketch, and the facts, left behind."""
     facts, method, sums = read_json(folders.facts), method_of(config), None
     paths = folders.trajectories(config)
-    if (
-        config.privacy == "dp" and method.schedule is not None
-    ):  # the answers of an expert need no help: only its way does
+    # the answers of an expert need no help: only its way does
+    if config.privacy == "dp" and method.schedule is not None:
         paths = tuple(denoised(config, task, folders.experts, paths))
     if method.sketch:
         private = config.privacy == "dp"
