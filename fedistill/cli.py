@@ -100,7 +100,7 @@ def simulate(
     summary = run(config, screen, command="fedistill " + " ".join(sys.argv[1:]))
     if target is not None:
         summary = _attacked(config, *target)
-    contradicted = (summary["audit"] or {}).get("contradicts", False)
+    contradicted = (summary.get("audit") or {}).get("contradicts", False)
     if as_json:
         print(json.dumps(summary, indent=1))
         raise typer.Exit(contradicted)
