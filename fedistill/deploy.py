@@ -19,6 +19,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import tomllib
 import zipfile
@@ -35,6 +36,7 @@ from cryptography.x509.oid import NameOID
 
 from fedistill.errors import FedistillError
 from fedistill.files import write_bytes, write_once
+from fedistill.simulation import app_folder
 
 DAYS = 825  # of a certificate
 MOST_BYTES = 100_000  # of a file in a kit
@@ -236,11 +238,21 @@ def node_command(policy_file: Path, server: str, authority: Path, key: Path, por
     return [_program("flower-supernode"), *where, "--port", str(port), "--node-config", f'site-config="{policy_file}"']
 
 
-def environment(home: Path) -> dict[str, str]:
-    """For Flower's programs: a folder of their own, nothing told to others, and our programs found first."""
+def guarded(home: Path, policy_file: Path) -> Path:
+    """A folder with a site's own `flwr-clientapp`, which a SuperNode has to find before Flower's: `client/guard.py`."""
+    program = home / "bin" / "flwr-clientapp"
+    words = [sys.executable, "-P", str(app_folder() / "client" / "guard.py"), str(policy_file)]
+    write_bytes(program, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode())
+    program.chmod(0o700)
+    return program.parent
+
+
+def environment(home: Path, *first: Path) -> dict[str, str]:
+    """For Flower's programs: a folder of their own, nothing told to others, and our programs found first. first: those in these
+    folders before all others."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    path = os.pathsep.join([*map(str, first), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
 
 

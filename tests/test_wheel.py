@@ -16,6 +16,8 @@ def test_the_wheel_adds_fedistill_and_nothing_else(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fedistill"}
     for inside in (
         "client/app.py",
+        "client/guard.py",
+        "pyproject.toml",
         "server/app.py",
         "simulations/engine.py",
         "simulations/bench.py",

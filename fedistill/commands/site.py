@@ -15,6 +15,7 @@ from fedistill.errors import FedistillError
 from fedistill.release.text import plain
 
 if TYPE_CHECKING:
+    from fedistill.site.code import Code
     from fedistill.site.gate import Request
     from fedistill.site.policy import Policy
 
@@ -25,7 +26,9 @@ app = typer.Typer(
 Where = Annotated[
     str, typer.Option("--site", metavar="FILE", envvar="FEDISTILL_SITE", help="The site's policy, site.toml.")
 ]
-Id = Annotated[str, typer.Argument(metavar="ID", help="Of the set, or how it begins; `site pending` lists them.")]
+Id = Annotated[
+    str, typer.Argument(metavar="ID", help="Of a set or of code, or how it begins; `site pending` lists them.")
+]
 Reason = Annotated[str, typer.Option(help="One line for the log, which stays at the site.")]
 
 TEMPLATE = """\
@@ -34,6 +37,7 @@ TEMPLATE = """\
 name = {name}
 data = {data}
 work = {work}                 # experts, sets, the ledger: keep it, and keep it private
+code = "installed"          # jobs may run the code that is installed here; other code waits for `fedistill site approve`
 
 [privacy]
 required = true             # jobs without differential privacy are refused
@@ -103,7 +107,7 @@ def start(
     """Connect to the server and work for it until stopped. What was begun goes on after the next start."""
     import os
 
-    from fedistill.deploy import environment, node_command
+    from fedistill.deploy import environment, guarded, node_command
 
     policy, place = _policy(file), Path(file).absolute()
     link = policy.connection
@@ -115,7 +119,8 @@ def start(
     os.umask(0o077)  # what is made here is for nobody else
     policy.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     command = node_command(place, link.server, link.authority, link.key, port)
-    os.execvpe(command[0], command, environment(place.with_name("flower")))
+    home = place.with_name("flower")
+    os.execvpe(command[0], command, environment(home, guarded(home, place)))
 
 
 @app.command()
@@ -162,6 +167,7 @@ def pending(
     as_json: AsJson = False,
 ) -> None:
     """List what waits for a decision."""
+    from fedistill.site.code import codes
     from fedistill.site.gate import requests
 
     found = [r for r in requests(_policy(file)) if everything or r.decision is None]
@@ -173,8 +179,42 @@ def pending(
         config, decision = request.job["config"], _word(request)
         epsilon = f"{config['epsilon']:g}" if config["privacy"] == "dp" else "no guarantee"
         made = request.made[:16].replace("T", " ")
-        table.add_row(request.id[:8], made, plain(config["method"]), str(config["ipc"]), epsilon, decision)
+        table.add_row(_short(request.id), made, plain(config["method"]), str(config["ipc"]), epsilon, decision)
     Console(markup=False, highlight=False).print(table if found else "Nothing waits.")
+    if waiting := [_short(c.id) for c in codes(_policy(file)) if c.decision is None]:
+        _print(f"Code of jobs that waits for a decision (`fedistill site code`): {', '.join(waiting)}")
+
+
+@app.command()
+def code(
+    name: Annotated[
+        str, typer.Argument(metavar="[ID]", help="Show how this code differs from what is installed.")
+    ] = "",
+    file: Where = "site.toml",
+    as_json: AsJson = False,
+) -> None:
+    """List code that servers sent and that is not simply what is installed here; or show one, to be approved or rejected."""
+    from fedistill.site.code import changes, code_of, codes, differences
+
+    if name:
+        found = code_of(_policy(file), name)
+        archive = found.load()
+        if as_json:
+            print(json.dumps(_about(found) | {"differs": differences(archive)}, indent=1))
+            return
+        _print(f"{found.id}, came {found.made}: {_word(found)}. All of it: {found.folder / 'app.fab'} (a zip archive)")
+        for line in changes(archive).splitlines() or ["It is what is installed here."]:
+            safe = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+            Console(markup=False, highlight=False).print(safe, soft_wrap=True)
+        return
+    everything = [(c, differences(c.load())) for c in codes(_policy(file))]
+    if as_json:
+        print(json.dumps([_about(c) | {"differs": other} for c, other in everything], indent=1))
+        return
+    table = Table("id", "came (UTC)", "differs from what is installed in", "decision", box=None)
+    for c, other in everything:
+        table.add_row(_short(c.id), c.made[:16].replace("T", " "), plain(", ".join(other)) or "nothing", _word(c))
+    Console(markup=False, highlight=False).print(table if everything else "No other code came.")
 
 
 @app.command()
@@ -210,13 +250,13 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
 
 @app.command()
 def approve(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
-    """Let a set leave."""
+    """Let a set leave, or the code of a job run."""
     _decide(name, file, reason, approved=True)
 
 
 @app.command()
 def reject(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
-    """Do not let a set leave. The server learns that it was rejected, and nothing more."""
+    """Do not let a set leave, or the code of a job run. The server learns that it was rejected, and nothing more."""
     _decide(name, file, reason, approved=False)
 
 
@@ -236,16 +276,17 @@ def log(file: Where = "site.toml", as_json: AsJson = False) -> None:
     table = Table("time (UTC)", "set", "decision", "by", "reason", box=None)
     for d in found:
         what, who = "approved" if d.approved else "rejected", d.who or "the policy"
-        table.add_row(d.time[:16].replace("T", " "), d.id[:8], what, who, plain(d.reason))
+        table.add_row(d.time[:16].replace("T", " "), _short(d.id), what, who, plain(d.reason))
     Console(markup=False, highlight=False).print(table if found else "Nothing was decided yet.")
 
 
 def _decide(name: str, file: str, reason: str, *, approved: bool) -> None:
+    from fedistill.site.code import MARK, code_of
     from fedistill.site.gate import decide, request_of
 
     policy = _policy(file)
-    request = request_of(policy, name)
-    request.load()
+    request: Code | Request = code_of(policy, name) if name.startswith(MARK) else request_of(policy, name)
+    request.load()  # still what was looked at
     decision = decide(policy, request.id, approved=approved, reason=reason)
     say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
 
@@ -260,7 +301,16 @@ def _facts(request: Request) -> dict[str, Any]:
     return {"id": request.id, "made": request.made, "decision": _word(request), "job": request.job}
 
 
-def _word(request: Request) -> str:
+def _about(code: Code) -> dict[str, Any]:
+    return {"id": code.id, "made": code.made, "decision": _word(code)}
+
+
+def _short(name: str) -> str:
+    """Enough of an id to tell it from others."""
+    return name[: 8 + 4 * name.startswith("app-")]
+
+
+def _word(request: Code | Request) -> str:
     if request.decision is None:
         return "waits"
     return f"{'approved' if request.decision.approved else 'rejected'} by {request.decision.who or 'the policy'}"

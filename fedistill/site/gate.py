@@ -89,7 +89,7 @@ def may_leave(
         if sum(request.decision is None for request in requests(policy)) >= MOST_WAITING:
             raise FedistillError("policy", f"{MOST_WAITING} sets wait for a decision at this site: no more until then.")
         save_set(made, place / "set")
-        write_json(place / "request.json", {"made": _now(), "job": job})
+        write_json(place / "request.json", {"made": now(), "job": job})
     if not policy.manual and decided(folder, name) is None:
         decide(policy, name, approved=True, reason="", who=BY_POLICY)
     end = time.monotonic() + seconds
@@ -156,7 +156,7 @@ def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | Non
                 by = before.who or "the policy"
                 raise FedistillError("decided", f"{name} was {word} by {by} on {before.time}: that stands.")
         decision = Decision(
-            time=_now(),
+            time=now(),
             id=name,
             approved=approved,
             who=_account() if who is None else who,
@@ -255,5 +255,6 @@ def _account() -> str:
         return f"account {os.getuid()}"
 
 
-def _now() -> str:
+def now() -> str:
+    """UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -4,7 +4,7 @@
     name = "north"                      required = true                 manual = true
     data = "/srv/north/study.csv"       unit = "patient"                largest_set = 500
     work = "/srv/fedistill"             max_epsilon = 3.0               smallest_class = 20
-                                        max_delta = 1e-4                answers = false
+    code = "installed"                  max_delta = 1e-4                answers = false
     [jobs]                              lifetime_epsilon = 10.0
     method = ["sketch", "ptm"]          lifetime_delta = 1e-4
     ipc = { from = 1, to = 50 }         [connection]
@@ -39,6 +39,7 @@ from fedistill.release.claim import check_conditions, read_claim
 from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
+CODE = ("installed", "approved")
 JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
 
 
@@ -82,6 +83,7 @@ class Connection:
 class Policy:
     """A site's name, data and work folder, and what it allows.
 
+    code: which code of a server may run: "installed", the same as here, and what a person approved; "approved", only that.
     required: jobs without differential privacy are refused. unit: the least that a job has to protect. max_epsilon, max_delta: of
     one job. cap: over the site's lifetime. manual: what was made waits for a person. largest_set: synthetic images.
     answers: whether counts of right answers on held-out images may leave.
@@ -92,6 +94,7 @@ class Policy:
     name: str
     data: str
     work: Path
+    code: str = CODE[0]
     required: bool = False
     unit: str = UNITS[0]
     max_epsilon: float = math.inf
@@ -190,7 +193,7 @@ def read_policy(path: Path) -> Policy:
 
 
 _KNOWN: dict[str, dict[str, type]] = {
-    "site": {"name": str, "data": str, "work": str},
+    "site": {"name": str, "data": str, "work": str, "code": str},
     "privacy": {
         "required": bool,
         "unit": str,
@@ -213,10 +216,12 @@ def _policy(parts: Mapping[str, Any], beside: Path) -> Policy:
             _wrong(f"{part} is no table: write [{part}].")
     found = {part: _typed(part, parts.get(part, {})) for part in _KNOWN}
     site, privacy = found["site"], found["privacy"]
-    if missing := [key for key in _KNOWN["site"] if not site.get(key)]:
+    if missing := [key for key in ("name", "data", "work") if not site.get(key)]:
         _wrong(f"[site] lacks {', '.join(missing)}.")
     if not Path(site["work"]).is_absolute():  # from another folder it would be an empty one, with a new ledger
         _wrong(f"work={site['work']} must be an absolute path: the ledger lies there.")
+    if site.get("code", CODE[0]) not in CODE:
+        raise unknown("code", site["code"], CODE)
     if privacy.get("unit", UNITS[0]) not in UNITS:
         raise unknown("unit", privacy["unit"], UNITS)
     cap = cap_of(privacy.pop("lifetime_epsilon", None), privacy.pop("lifetime_delta", None))
@@ -234,6 +239,7 @@ def _policy(parts: Mapping[str, Any], beside: Path) -> Policy:
         name=site["name"],
         data=site["data"],
         work=Path(site["work"]),
+        code=site.get("code", CODE[0]),
         cap=cap,
         jobs=jobs,
         connection=Connection(
