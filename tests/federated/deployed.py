@@ -12,8 +12,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from fedistill.processes import process_tree
 
 PROGRAM = str(Path(sys.executable).parent / "fedistill")
 SECONDS = 120.0  # that a program may take to start
@@ -45,7 +48,7 @@ class Federation:
     def __init__(self, folder: Path, sites: Mapping[str, Path], rules: Mapping[str, str]) -> None:
         self.server, self.folder = folder / "server", folder
         self._sites, self._rules = sites, rules
-        self._running: list[subprocess.Popen[bytes]] = []
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def policy(self, name: str) -> Path:
         return self.folder / name / "site.toml"
@@ -62,7 +65,7 @@ class Federation:
         self.folder.mkdir()
         port = free_port()
         fedistill("server", "init", self.server, "--address", f"127.0.0.1:{port}", "--port", port)
-        self._start("server", ["server", "start", self.server], "startup complete")
+        self.start_server()
         with ThreadPoolExecutor() as pool:
             list(pool.map(self._admit, self._sites))
 
@@ -80,15 +83,27 @@ class Federation:
         policy.write_text("\n".join([head, self._rules[name], rest[rest.index("[connection]") :]]))
         fedistill("site", "check", "--site", policy)
         fedistill("server", "admit", self.server, name, place / f"{name}.key.pub")
-        self._start(name, ["site", "start", "--site", policy, "--port", free_port()], "SuperNode ID")
+        self.start_site(name)
+
+    def start_server(self) -> None:
+        self._start("server", ["server", "start", self.server], "startup complete")
+
+    def start_site(self, name: str, **environment: str) -> None:
+        """Raises `TimeoutError` where the site ends, or does not connect."""
+        words = ["site", "start", "--site", self.policy(name), "--port", free_port()]
+        self._start(name, words, "SuperNode ID", environment)
+
+    def kill(self, name: str) -> None:
+        """The server or a site, with all that it started, at once."""
+        process = self.processes[name]
+        for pid in process_tree(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
     def __exit__(self, *_: object) -> None:
-        for process in reversed(self._running):
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            process.wait()
+        for name in reversed(list(self.processes)):
+            self.kill(name)
 
     def run(self, name: str, settings: Mapping[str, Any], seconds: float) -> Path:
         """Run a job to its end: its folder. Raises `TimeoutError`, with the logs, where it has no summary by then."""
@@ -102,7 +117,7 @@ class Federation:
             time.sleep(0.2)
         return out
 
-    def _start(self, name: str, words: Sequence[object], ready: str) -> None:
+    def _start(self, name: str, words: Sequence[object], ready: str, more: Mapping[str, str] | None = None) -> None:
         log = self.folder / f"{name}.log"
         with open(log, "wb") as file:
             process = subprocess.Popen(
@@ -110,9 +125,9 @@ class Federation:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(more or {}),
             )
-        self._running.append(process)
+        self.processes[name] = process
         end = time.monotonic() + SECONDS
         while not re.search(ready, log.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() > end:
