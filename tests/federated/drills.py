@@ -199,6 +199,13 @@ class Stage:
             time.sleep(0.1)
         return ""
 
+    def wait_anew(self, out: Path) -> str:
+        """`wait`, of a run that ended with an error and was started again."""
+        end = time.monotonic() + LONGEST
+        while (out / "error.json").exists() and time.monotonic() < end:
+            time.sleep(0.1)
+        return self.wait(out)
+
     def told(self, out: Path) -> list[str]:
         """What the operator can read of a run."""
         return [f"{e.site}: {e.message}" for e in read_events(out / "events.jsonl")[0] if e.message]
@@ -355,8 +362,7 @@ def disk_full(stage: Stage, name: str, seed: int) -> Result:
         said = stage.wait(out)
         (work / "filler").unlink()
         stage.again(name)
-        stage.wait(out, lambda: not (out / "error.json").exists())
-        stage.wait(out)
+        stage.wait_anew(out)
         result = stage.judged(name, seed, out, harm, steps)
         return replace(result, ok=result.ok and "disk" in said, sees=said)
     finally:
@@ -376,8 +382,7 @@ def work_torn(stage: Stage, name: str, seed: int) -> Result:
     errors = (stage.site("south") / "work" / "errors.log").read_text()
     torn.unlink()
     stage.again(name)
-    stage.wait(out, lambda: not (out / "error.json").exists())
-    stage.wait(out)
+    stage.wait_anew(out)
     result = stage.judged(name, seed, out, harm, steps)
     return replace(result, ok=result.ok and str(torn) in errors and str(torn) not in said, sees=said)
 
@@ -489,8 +494,7 @@ def other_code(stage: Stage, name: str, seed: int) -> Result:
     waiting = json.loads(fedistill("site", "code", "--json", "--site", stage.federation.policy("north")))
     fedistill("site", "approve", waiting[0]["id"], "--site", stage.federation.policy("north"))
     run()
-    stage.wait(out, lambda: not (out / "error.json").exists())
-    stage.wait(out)
+    stage.wait_anew(out)
     ran = (stage.folder / "ran").exists() and load_set(out / f"seed-{seed}" / "merged").sites == ("north",)
     return Result(name, refused and ran, time.monotonic() - began, said, "that site's part")
 
