@@ -21,6 +21,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -46,7 +47,7 @@ from fedistill.synthetic.store import load_set
 
 SITES = ("north", "south")
 JOB: dict[str, Any] = {
-    "sites": 2, "width": 8, "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 300, "syn_steps": 4,
+    "sites": 2, "width": 8, "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 600, "syn_steps": 4,
     "eval_nets": 1, "eval_steps": 5, "eval_models": "mlp", "method": "mtt", "skip_above": 1000.0, "modality": "generic",
     "slice_seconds": 3.0,
 }  # fmt: skip
@@ -172,7 +173,9 @@ class Stage:
     def mended(self) -> None:
         """What a drill left stopped is started."""
         while self.mend:
-            self.back(self.mend.pop())
+            site = self.mend.pop()
+            self.federation.kill(site)
+            self.back(site)
 
     def back(self, site: str, **environment: str) -> None:
         """Start a site every ten seconds until it stays, as systemd does."""
@@ -550,9 +553,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Stage(Path(folder)) as stage:
         for name in wanted:
             stage.mended()
-            result = DRILLS[name](stage, name, 1 + list(DRILLS).index(name))
+            result = drilled(stage, name)
             append(given.out, result)
             print(result, flush=True)
+
+
+def drilled(stage: Stage, name: str) -> Result:
+    """A drill that goes wrong itself does not stop the others."""
+    began = time.monotonic()
+    try:
+        return DRILLS[name](stage, name, 1 + list(DRILLS).index(name))
+    except Exception as error:
+        traceback.print_exc()
+        stage.mend = list(SITES)
+        return Result(name, False, time.monotonic() - began, f"{type(error).__name__}: {error}"[:300], "")
 
 
 def append(file: Path, result: Result) -> None:
