@@ -12,13 +12,17 @@ import dataclasses
 import errno
 import json
 import logging
+import math
+import os
+import re
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -40,7 +44,8 @@ from fedistill.site.folder import site_folder
 from fedistill.site.gate import may_leave
 from fedistill.site.job import advance, released_set
 from fedistill.site.policy import Policy, read_policy
-from fedistill.wire import decode, encode
+from fedistill.synthetic.set import SyntheticSet
+from fedistill.wire import Arrays, decode, encode, read_arrays, strict_json
 
 app = ClientApp()
 log = logging.getLogger(__name__)
@@ -51,6 +56,12 @@ OWN_FILES = (
     "site-config", "broken-log", "not-allowed", "bad-set", "no-set",
     "broken-ledger", "unusable-ledger", "other-format", "other-work", "broken-file",
 )  # fmt: skip
+
+LONGEST_CONFIG = 2**16  # characters
+LONGEST_NAME = 100  # characters of the name of a model
+MOST_SECONDS = 1e6  # of one slice
+LARGEST_LOG = 2**24  # bytes of errors.log: a server must not fill a site's disk
+_RUN = re.compile(r"[A-Za-z0-9_-]{0,64}")
 
 _loaded: dict[
     tuple[str, str, bool], tuple[Dataset, Partition | None]
@@ -141,10 +152,12 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
         try:
             policy = policy_of(node)
             folder = None if policy is None else policy.work
-            config = make_config(json.loads(str(_job(msg)["config"])))
+            config = _config(_job(msg))
             if policy is None:
                 folder = Path(config.work)
                 config = dataclasses.replace(config, workers=1)
+            else:  # the machine is the site's
+                config = dataclasses.replace(config, workers=min(config.worker_count(), os.cpu_count() or 1))
             content = work(msg, find_site(config, node, policy), config)
         except FedistillError as error:
             sentence = error.sentence
@@ -183,14 +196,14 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
     if not site.simulated:
         refuse_real_images(config)
     job = _job(msg)
-    number, run = int(job["round"]), str(job["run"])
-    context = decode(_arrays(msg, "context"), str(job["context"])) if "context" in msg.content else None
+    number, run, seconds = _round(job, config.rounds), _run(job), _seconds(job)
+    context = _context(msg, site.data) if "context" in msg.content else None
     progress = advance(
         config,
         site.data,
         site.name,
         site.work,
-        seconds=float(job["seconds"]),
+        seconds=seconds,
         round=number,
         context=context,
         run=run,
@@ -198,7 +211,7 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
     )
     made = released_set(config, site.data, site.name, site.work, round=number, run=run) if progress.done else None
     if made is not None and site.policy is not None:
-        made = may_leave(site.policy, made, config, run=run, round=number, seconds=float(job["seconds"]))
+        made = may_leave(site.policy, made, config, run=run, round=number, seconds=seconds)
         if made is None:
             progress = dataclasses.replace(progress, phase="waiting", done=False)
     content = _reply(dataclasses.asdict(progress))
@@ -220,15 +233,15 @@ def average(msg: Message, site: Site, config: Config) -> RecordDict:
             "only-simulated", "Federated averaging is a comparison in simulations: no real site takes part."
         )
     job = _job(msg)
-    thetas = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
+    thetas = _models(msg)
     local = train_round(
         config,
         site.data,
         site.name,
         site.work,
-        round=int(job["round"]),
+        round=_round(job, config.fl_rounds),
         thetas=thetas,
-        run=str(job["run"]),
+        run=_run(job),
         cap=site.cap,
     )
     content = _reply(local.records)
@@ -240,12 +253,12 @@ def average(msg: Message, site: Site, config: Config) -> RecordDict:
 @answers
 def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
     """How often each global model takes one class of this site's held-out images for another, or a finding for none."""
-    split = str(_job(msg)["split"])
+    split = _job(msg).get("split")
     if split not in HELD_OUT:
-        raise FedistillError("bad-job", f"Models are tested on {' or '.join(HELD_OUT)}, not on '{split}'.")
+        _bad_job(f"models are tested on {' or '.join(HELD_OUT)}")
     if site.policy is not None:
         site.policy.check_answers(config, site.data, split)
-    models = {name: torch.from_numpy(theta.copy()) for name, theta in _arrays(msg, "models").items()}
+    models = _models(msg)
     if config.privacy == "dp":
         return _reply(private_answers(config, site.data, site.name, site.work, models, split, cap=site.cap))
     return _reply({
@@ -254,12 +267,70 @@ def evaluate(msg: Message, site: Site, config: Config) -> RecordDict:
     })  # fmt: skip
 
 
-def _job(msg: Message) -> Any:
-    return msg.content["job"]
+def _job(msg: Message) -> ConfigRecord:
+    records = msg.content.config_records
+    return records["job"] if "job" in records else _bad_job("it holds none")
 
 
-def _arrays(msg: Message, record: str) -> dict[str, Any]:
-    return {str(k): array.numpy() for k, array in msg.content.array_records[record].items()}
+def _config(job: ConfigRecord) -> Config:
+    text = job.get("config")
+    try:
+        values = strict_json(text if isinstance(text, str) else "", most=LONGEST_CONFIG)
+    except ValueError:
+        values = None
+    return make_config(values) if isinstance(values, dict) else _bad_job("its configuration is none")
+
+
+def _round(job: ConfigRecord, most: int) -> int:
+    number = job.get("round")
+    if type(number) is not int or not 1 <= number <= most:
+        _bad_job(f"its round is not one of {most}")
+    return number
+
+
+def _run(job: ConfigRecord) -> str:
+    word = job.get("run")
+    return word if isinstance(word, str) and _RUN.fullmatch(word) else _bad_job("it has no word for the run")
+
+
+def _seconds(job: ConfigRecord) -> float:
+    seconds = job.get("seconds")
+    if not isinstance(seconds, int | float) or not (math.isfinite(seconds) and 0 <= seconds <= MOST_SECONDS):
+        _bad_job("its time is no number of seconds")
+    return float(seconds)
+
+
+def _context(msg: Message, data: Dataset) -> SyntheticSet:
+    """The merged set of the round before. Raises `FedistillError` ("bad-context") where it is no set of this task."""
+    text = _job(msg).get("context")
+    try:
+        found = decode(_arrays(msg, "context"), text if isinstance(text, str) else "", geometry=data.geometry)
+    except FedistillError as error:
+        raise FedistillError("bad-context", error.sentence) from None
+    for what in ("class_names", "kind", "modality"):
+        if getattr(found, what) != getattr(data, what):
+            raise FedistillError("bad-context", f"The set of the server differs from the data in {what}.")
+    return found
+
+
+def _models(msg: Message) -> dict[str, torch.Tensor]:
+    """Parameters `(P,)` by the name of their network."""
+    arrays = _arrays(msg, "models")
+    for name, theta in arrays.items():
+        if len(name) > LONGEST_NAME or theta.dtype != np.float32 or theta.ndim != 1:
+            raise FedistillError("bad-model", "A model of the server is no vector of parameters under a short name.")
+    return {name: torch.from_numpy(theta.copy()) for name, theta in arrays.items()}
+
+
+def _arrays(msg: Message, record: str) -> Arrays:
+    records = msg.content.array_records
+    if record not in records:
+        _bad_job(f"it holds no {record}")
+    return read_arrays({str(name): array.data for name, array in records[record].items()})
+
+
+def _bad_job(why: str) -> NoReturn:
+    raise FedistillError("bad-job", f"The job of the server cannot be read: {why}.")
 
 
 def _reply(value: Any) -> RecordDict:
@@ -278,4 +349,5 @@ def _keep(text: str, folder: Path | None) -> None:
     with suppress(OSError):  # it would leave the site as an exception's text
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "errors.log", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text + "\n")
+            if file.tell() < LARGEST_LOG:
+                file.write(text + "\n")

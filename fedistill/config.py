@@ -46,7 +46,7 @@ class Config:
     alpha: float = _key(0.3, "concentration of the dirichlet and quantity partitions", scope="data", low=1e-3)
     seed: int = _key(0, "seed of everything that is not a privacy mechanism", scope="data", low=0)
     modality: str = _key("auto", "sets normalisation and safe augmentations; auto: what the source says", scope="data")
-    image_size: int = _key(0, "resize images to this many pixels; 0: as stored", scope="data", low=0)
+    image_size: int = _key(0, "resize images to this many pixels; 0: as stored", scope="data", low=0, high=4096)
     task: str = _key(
         "auto",
         "multiclass, multilabel, ordinal, or auto (as the source says)",
@@ -60,22 +60,26 @@ class Config:
     phantom_depth: int = _key(0, "slices of the built-in phantoms; 0: plain images", scope="data", low=0)
 
     model: str = _key("convnet", "architectures of the experts, a comma list: experts take turns", scope="experts")
-    width: int = _key(32, "channels of the ConvNet", scope="experts", low=1)
-    depth: int = _key(3, "blocks of the ConvNet", scope="experts", low=1)
+    width: int = _key(32, "channels of the ConvNet", scope="experts", low=1, high=1024)
+    depth: int = _key(3, "blocks of the ConvNet", scope="experts", low=1, high=12)
     augment: str = _key("auto", "auto (safe for the modality), none, or a comma list of operations", scope="experts")
     class_weights: bool = _key(
         True, "class-weighted loss (weights at most 10) in every training on real images", scope="experts"
     )
-    experts: int = _key(0, "expert networks per site", scope="experts", low=0)
+    experts: int = _key(0, "expert networks per site", scope="experts", low=0, high=10000)
     expert_steps: int = _key(0, "SGD steps of an expert", scope="experts", low=0)
-    expert_batch: int = _key(64, "images per expert step", scope="experts", low=1)
+    expert_batch: int = _key(64, "images per expert step", scope="experts", low=1, high=65536)
     expert_lr: float = _key(0.03, "learning rate of the experts", scope="experts", low=0.0)
     checkpoint_every: int = _key(10, "expert steps between checkpoints", scope="experts", low=1)
 
-    sketch_networks: int = _key(8, "public random networks whose features a sketch is made of", scope="experts", low=1)
-    sketch_frequencies: int = _key(256, "frequencies per network of a sketch", scope="experts", low=1)
+    sketch_networks: int = _key(
+        8, "public random networks whose features a sketch is made of", scope="experts", low=1, high=1000
+    )
+    sketch_frequencies: int = _key(256, "frequencies per network of a sketch", scope="experts", low=1, high=65536)
     sketch_scale: float = _key(0.5, "deviation of the frequencies of a sketch", scope="experts", low=1e-3, high=100.0)
-    sketch_augmentations: int = _key(4, "versions of each real image that a sketch averages", scope="experts", low=1)
+    sketch_augmentations: int = _key(
+        4, "versions of each real image that a sketch averages", scope="experts", low=1, high=1000
+    )
 
     privacy: str = _key(
         "none",
@@ -108,7 +112,7 @@ class Config:
     method: str = _key(
         "auto", "distillation method (see `fedistill methods`); auto: what the benchmark recommends", scope="distill"
     )
-    ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1)
+    ipc: int = _key(10, "synthetic images per class and site", scope="distill", low=1, high=100000)
     budget: str = _key(
         "equal",
         "how ipc is spread over classes: equal, or proportional to their images (proportional) or the root (sqrt)",
@@ -141,7 +145,7 @@ class Config:
     )
     iterations: int = _key(0, "outer iterations per round", scope="distill", low=0)
     syn_steps: int = _key(0, "student steps per outer iteration", scope="distill", low=0)
-    syn_batch: int = _key(50, "synthetic images per student step", scope="distill", low=1)
+    syn_batch: int = _key(50, "synthetic images per student step", scope="distill", low=1, high=65536)
     segment: int = _key(4, "length of a matched segment, in checkpoints", scope="distill", low=1)
     window: float = _key(
         0.0, "share of the trajectory in which segments may start; 0: by ipc", scope="distill", low=0.0, high=1.0
@@ -155,7 +159,9 @@ class Config:
     pixel_lr: float = _key(
         0.05, "learning rate (Adam) of the images of methods that read real images", scope="distill", low=0.0
     )
-    real_batch: int = _key(32, "real images per class and iteration of methods that read them", scope="distill", low=1)
+    real_batch: int = _key(
+        32, "real images per class and iteration of methods that read them", scope="distill", low=1, high=65536
+    )
     shape_weight: float = _key(0.5, "weight of the path's shape in hop", scope="distill", low=0.0)
     compile: str = _key(
         "auto",
@@ -169,9 +175,9 @@ class Config:
     eval_models: str = _key(
         "convnet,mlp", "architectures of the global models; the first gives the headline", scope="eval"
     )
-    eval_nets: int = _key(0, "global networks per arm and seed", scope="eval", low=0)
+    eval_nets: int = _key(0, "global networks per arm and seed", scope="eval", low=0, high=10000)
     eval_steps: int = _key(0, "SGD steps of a global network", scope="eval", low=0)
-    eval_batch: int = _key(64, "images per step of a global network", scope="eval", low=1)
+    eval_batch: int = _key(64, "images per step of a global network", scope="eval", low=1, high=65536)
 
     fl_rounds: int = _key(0, "rounds of federated averaging, an arm of comparison; 0: no such arm", scope="eval", low=0)
     fl_steps: int = _key(20, "SGD steps per site and round of federated averaging", scope="eval", low=1)
@@ -323,15 +329,17 @@ def _coerce(name: str, value: Any, kind: type) -> Any:
             raise FedistillError("bad-value", f"{name}={value} is not {_KINDS[kind]}.") from None
         return _finite(name, number)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return _finite(name, float(value))
+        return float(_finite(name, value))
     if type(value) is not kind:
         raise FedistillError("bad-value", f"{name}={value!r} is not {_KINDS[kind]}.")
-    return value
+    return int(_finite(name, value)) if isinstance(value, int) and kind is int else value
 
 
 def _finite(name: str, number: float) -> float:
     if number != number or number in (float("inf"), float("-inf")):
         raise FedistillError("bad-value", f"{name}={number} is not a finite number.")
+    if isinstance(number, int) and abs(number) >= 2**63:
+        raise FedistillError("bad-value", f"{name} is a whole number of more than 64 bits.")
     return number
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -68,6 +69,18 @@ def whole(path: Path) -> Iterator[None]:
 def read_json(path: Path) -> Any:
     with whole(path):
         return json.loads(path.read_text())
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """What a plain file of at most `most` bytes holds, for files that somebody else made.
+
+    Raises `OSError` on one that is longer, and on what is no file: a pipe would be waited for, and a device has no end.
+    """
+    with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        about = os.fstat(file.fileno())
+        if not stat.S_ISREG(about.st_mode) or about.st_size > most:
+            raise OSError(f"{path} is not a file of at most {most} bytes")
+        return file.read(most)
 
 
 def read_toml(path: Path, code: str) -> dict[str, Any]:

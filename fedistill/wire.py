@@ -8,14 +8,16 @@
 
 Each image keeps its extremes exactly (q = 0 and q = 255 are attained), so a decoded set encodes to the same numbers
 again: a site evaluates and releases `quantise(set)`, and every later copy is bit-equal to it. Nothing here can
-execute: the arrays are numbers and the text is JSON.
+execute: the arrays are numbers and the text is JSON. What comes from outside is read by `read_arrays`, `strict_json` and
+`decode`, which take no memory for what a header only claims; `decode` takes nothing but what `encode` writes, to the bit.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,17 +31,30 @@ from fedistill.synthetic.set import SyntheticSet
 FORMAT = "fedistill-set/2"
 MAX_IMAGES = 1_000_000
 MAX_VALUES = 2**28  # decoded pixels of one set: 1 GiB of float32
+MAX_LABELS = 2**26  # probabilities of one set: 256 MiB of float32
 MAX_TEXT = 2**22
+MAX_DEPTH = 40  # lists and records in each other
+MAX_ARRAYS = 1000  # of one message
+MAX_BYTES = 2**31  # of the arrays of one message
+DTYPES = ("|u1", "<u2", "<f2", "<f4")  # of arrays that travel
 FLAT = 2.0**-12  # a range below this share of the largest value is rounding: the image is stored as one value
 
 Arrays = dict[str, NDArray[Any]]
+
+# The header that `numpy.save` writes of a plain array in C order: no objects, no records, no other spelling of the same.
+_SIDE = rb"(?:0|[1-9][0-9]{0,9})"
+_NPY = re.compile(
+    rb"\x93NUMPY\x01\x00(?P<length>..)\{'descr': '(?P<descr>[|<][a-zA-Z][0-9]{1,6})', 'fortran_order': False, "
+    rb"'shape': \((?P<shape>|%b,|%b(?:, %b){1,7})\), \} *\n" % (_SIDE, _SIDE, _SIDE),
+    re.DOTALL,
+)
 
 _META: dict[str, type | tuple[type, ...]] = {
     "format": str,
     "sites": list,
     "class_names": list,
-    "mean": (int, float),
-    "std": (int, float),
+    "mean": float,
+    "std": float,
     "modality": str,
     "kind": str,
     "step_size": list,
@@ -108,10 +123,14 @@ def decode(
         _refuse(f"its pixels are not 1 to {max_images} images of 8 bits")
     if geometry is not None and pixels.shape[1:] != tuple(geometry):
         _refuse(f"its images are {'x'.join(map(str, pixels.shape[1:]))}, not {'x'.join(map(str, geometry))}")
+    if m * classes > MAX_LABELS:
+        _refuse(f"it has {m} images of {classes} classes, and more than {MAX_LABELS} probabilities are too many")
     if span.dtype != np.float32 or span.shape != (m, 2) or not np.isfinite(span).all():
         _refuse("the ranges of its pixels are not two finite numbers per image")
     if (span[:, 0] > span[:, 1]).any():
         _refuse("an image's lowest value is above its highest")
+    if not _is_tight(pixels, span):
+        _refuse("an image does not use the range that it gives")
     if site.dtype != np.uint16 or site.shape != (m,) or int(site.max()) >= sites:
         _refuse("an image belongs to a site that is not listed")
     decoded = _decode_labels(labels, m, classes, meta["kind"])
@@ -142,12 +161,56 @@ def size(arrays: Mapping[str, NDArray[Any]], text: str) -> int:
     return sum(a.nbytes for a in arrays.values()) + len(text.encode())
 
 
-def strict_json(text: str) -> Any:
-    """JSON from outside, with finite numbers only. Raises `ValueError` on anything else."""
+def strict_json(text: str, *, most: int = MAX_TEXT, nan_is_none: bool = False) -> Any:
+    """JSON from outside: finite floats, integers of 64 bits, text that UTF-8 can hold, no key twice, `MAX_DEPTH` levels.
+
+    most: characters. nan_is_none: whether NaN and infinity are read as None. Raises `ValueError` on anything else.
+    """
+    if len(text) > most:
+        raise ValueError("too long")
+    constant = (lambda _: None) if nan_is_none else _not_json
     try:
-        return json.loads(text, parse_constant=_not_json, parse_float=_finite)
+        value = json.loads(
+            text, parse_constant=constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_unrepeated
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for whole in level for part in _parts(whole)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def read_arrays(raw: Mapping[str, bytes], *, most_bytes: int = MAX_BYTES) -> Arrays:
+    """The arrays of a message, each in the bytes of a `.npy` file; read-only, and not copied.
+
+    Raises `FedistillError` ("bad-array") on more than `MAX_ARRAYS` or `most_bytes`, and on what `read_npy` refuses.
+    """
+    if len(raw) > MAX_ARRAYS or sum(map(len, raw.values())) > most_bytes:
+        _bad_array(f"there are {len(raw)} of {sum(map(len, raw.values()))} bytes, and {most_bytes} bytes are the most")
+    return {name: read_npy(data) for name, data in raw.items()}
+
+
+def read_npy(data: bytes, dtypes: Collection[str] = DTYPES) -> NDArray[Any]:
+    """The array in the bytes of a `.npy` file, as `numpy.save` writes one of these `dtypes` in C order; read-only, not copied.
+
+    The header is compared with the bytes that are there, so that a claimed shape takes no memory, and nothing is unpickled.
+    Raises `FedistillError` ("bad-array") on anything else.
+    """
+    found = _NPY.match(data[:512])
+    if found is None or found.end() != 10 + int.from_bytes(found["length"], "little") or found.end() % 64:
+        _bad_array("its header is none of a plain array")
+    descr = found["descr"].decode()
+    if descr not in dtypes:
+        _bad_array(f"its numbers are {descr}, not {' or '.join(sorted(dtypes))}")
+    shape, dtype = tuple(int(side) for side in found["shape"].split(b",") if side), np.dtype(descr)
+    if math.prod(shape) * dtype.itemsize != len(data) - found.end():
+        _bad_array(f"its header promises {shape}, and {len(data) - found.end()} bytes follow")
+    if math.prod(side or 1 for side in shape) > MAX_BYTES:  # an empty array can have sides that numpy cannot multiply
+        _bad_array(f"its shape {shape} is none")
+    return np.frombuffer(data, np.uint8, offset=found.end()).view(dtype).reshape(shape)
 
 
 def _extremes(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -170,6 +233,16 @@ def _decode_pixels(pixels: NDArray[np.uint8], span: NDArray[np.float32]) -> NDAr
     return images
 
 
+def _is_tight(pixels: NDArray[np.uint8], span: NDArray[np.float32]) -> bool:
+    """Whether every image attains 0 and 255, or is flat, and no number is a zero with a sign: as `encode` writes them."""
+    low, high = span.astype(np.float64).T
+    flat = high - low <= np.maximum(FLAT * np.abs(span).max(1).astype(np.float64), np.finfo(np.float32).tiny)
+    rows = pixels.reshape(len(pixels), -1)
+    least, most = rows.min(1), rows.max(1)
+    right = np.where(flat, (low == high) & (most == 0), (least == 0) & (most == 255))
+    return bool(right.all()) and not (np.signbit(span) & (span == 0)).any()
+
+
 def _encode_labels(labels: NDArray[np.float32], kind: str) -> NDArray[Any]:
     half = labels.astype(np.float16) + np.float16(0)
     if kind == "multilabel":
@@ -181,17 +254,20 @@ def _encode_labels(labels: NDArray[np.float32], kind: str) -> NDArray[Any]:
 
 
 def _decode_labels(labels: NDArray[Any], m: int, classes: int, kind: str) -> NDArray[np.float32]:
-    if kind != "multilabel" and labels.dtype == np.uint8 and labels.shape == (m,) and int(labels.max()) < classes:
+    hard_ones = kind != "multilabel" and labels.dtype == np.uint8 and labels.shape == (m,) and classes <= 256
+    if hard_ones and int(labels.max()) < classes:
         hard = np.zeros((m, classes), np.float32)
         hard[np.arange(m), labels] = 1
         return hard
     if labels.dtype != np.float16 or labels.shape != (m, classes):
         _refuse("its labels are neither class indices nor one distribution per image")
-    soft = labels.astype(np.float32) + np.float32(0)
+    soft = labels.astype(np.float32)
     if not np.isfinite(soft).all() or (soft < 0).any() or (soft > 1).any():
         _refuse("a label has a probability that is not between 0 and 1")
     if kind != "multilabel" and (np.abs(soft.sum(1) - 1) > 0.01).any():
         _refuse("a label is not a distribution over the classes")
+    if np.signbit(labels).any() or (kind != "multilabel" and _encode_labels(labels, kind).ndim == 1):
+        _refuse("a label is not written as fedistill writes it")
     return soft
 
 
@@ -200,9 +276,7 @@ def _meta(text: str) -> dict[str, Any]:
         _refuse("its description is missing or too long")
     try:
         meta = strict_json(text)
-        text.encode()
-        json.dumps(meta, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # a lone surrogate is a ValueError too
+    except ValueError:
         _refuse("its description is not JSON")
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         _refuse(f"its format is not {FORMAT}: the site and the server must run the same version of fedistill")
@@ -214,11 +288,36 @@ def _meta(text: str) -> dict[str, Any]:
         if not meta[name] or not all(isinstance(x, str) for x in meta[name]) or len(set(meta[name])) < len(meta[name]):
             _refuse(f"its {name.replace('_', ' ')} are not different words")
     numbers = [meta["mean"], meta["std"], *meta["step_size"]]
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e30 for x in numbers):
+    if not all(isinstance(x, float) and abs(x) < 1e30 for x in numbers):
         _refuse("its mean, std or step sizes are not numbers")
     if meta["std"] <= 0 or len(meta["step_size"]) != len(meta["sites"]):
         _refuse("its std is not positive, or there is not one step size per site")
+    if json.dumps(meta, sort_keys=True) != text:  # one set has one text, which is what its hash is of
+        _refuse("its description is not written as fedistill writes it")
     return meta
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What a JSON value holds. Raises `ValueError` on text with a lone surrogate, which no file could hold."""
+    if isinstance(value, str):
+        value.encode()
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return value if isinstance(value, list) else ()
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one record")
+    return found
+
+
+def _whole(literal: str) -> int:
+    number = int(literal[:24])
+    if abs(number) >= 2**63:
+        raise ValueError(literal[:24])
+    return number
 
 
 def _finite(literal: str) -> float:
@@ -234,3 +333,7 @@ def _not_json(literal: str) -> NoReturn:
 
 def _refuse(why: str) -> NoReturn:
     raise FedistillError("bad-set", f"The synthetic set cannot be read: {why}.")
+
+
+def _bad_array(why: str) -> NoReturn:
+    raise FedistillError("bad-array", f"An array of the message cannot be read: {why}.")

@@ -45,10 +45,11 @@ Receive = Callable[[int, RecordDict], RecordDict | None]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a site gave no result. `status` is "failed" or "late"."""
+    """Why a site gave no result. `status` is "failed" or "late"; `code` is that of the error, where there was one."""
 
     status: str
     reason: str
+    code: str = ""
 
 
 def wait_for_nodes(grid: Grid, expected: int, needed: int, timeout: float) -> list[int]:
@@ -123,7 +124,7 @@ def converse(
             try:
                 following = receive(node, reply.content)
             except FedistillError as error:
-                close(node, Failure("failed", error.sentence))
+                close(node, Failure("failed", error.sentence, error.code))
                 continue
             if following is None:
                 del open_with[node]

@@ -1,10 +1,17 @@
-"""What comes back from a site, read without trust: every field has the right type and size, or the site has failed."""
+"""What comes back from a site, read without trust: every field has the right type and size, or the site has failed.
+
+Sizes are compared with what was asked for before memory is taken. Nothing but a `FedistillError` comes out of these functions.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any, NoReturn
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -14,43 +21,81 @@ from fedistill.errors import FedistillError
 from fedistill.models.loss import KINDS
 from fedistill.site.average import Local
 from fedistill.synthetic.set import SyntheticSet
-from fedistill.wire import decode, size
+from fedistill.wire import MAX_TEXT, Arrays, decode, read_arrays, size, strict_json
 
 LONGEST = 500  # characters of a sentence from a site
+LONGEST_NAME = 200  # characters of the name of a site's folder
+MOST_CLASSES = 1000
+MOST_VALUES = 2**24  # of an image: networks are built for it
+MOST_POINTS = 10_000  # of a curve, in one reply
+MOST_SECONDS = 1e9
+MOST_COUNTED = 2**40  # answers in one cell: sums over sites and cells stay exact
+PER_IMAGE, PER_ARRAY = 16, 1024  # bytes besides pixels and labels: range and site; a header
+
+_CODE = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def read_reply(content: RecordDict) -> Any:
-    """The JSON value of a reply.
+def _guarded(read: Callable[P, R]) -> Callable[P, R]:
+    """`read`, whose every other error is the site's "bad-reply" too: a reply that breaks its reader must not end the run."""
+
+    @functools.wraps(read)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return read(*args, **kwargs)
+        except FedistillError:
+            raise
+        except Exception:
+            log.exception("A reply broke %s, which should have refused it:", read.__name__)
+            _nonsense("cannot be read")
+
+    return guarded
+
+
+@_guarded
+def read_reply(content: RecordDict, *, longest: int = MAX_TEXT) -> Any:
+    """The JSON value of a reply of at most `longest` characters; what is not finite is None.
 
     Raises `FedistillError`: the site's own code and sentence if it sent those, "bad-reply" if it sent nonsense.
     """
     records = content.config_records
     if "error" in records:
-        code, sentence = (str(records["error"].get(k, "?"))[:LONGEST] for k in ("code", "sentence"))
-        raise FedistillError(code, sentence)
+        code, sentence = (records["error"].get(k) for k in ("code", "sentence"))
+        if not isinstance(code, str) or not _CODE.fullmatch(code) or not isinstance(sentence, str):
+            _nonsense("is an error without a code and a sentence")
+        raise FedistillError(code, sentence[:LONGEST])
+    text = records["reply"].get("json") if "reply" in records else None
+    if not isinstance(text, str):
+        _nonsense("has no readable answer")
     try:
-        return json.loads(str(records["reply"]["json"]), parse_constant=lambda _: None)
-    except (KeyError, ValueError, RecursionError):
+        return strict_json(text, most=longest, nan_is_none=True)
+    except ValueError:
         _nonsense("has no readable answer")
 
 
-def read_set(content: RecordDict, *, max_images: int, geometry: tuple[int, ...]) -> tuple[SyntheticSet, int]:
+@_guarded
+def read_set(
+    content: RecordDict, *, max_images: int, geometry: tuple[int, ...], classes: int
+) -> tuple[SyntheticSet, int]:
     """The set in a reply and the bytes that it took. Raises `FedistillError` on anything that is not a set."""
-    try:
-        record, text = content.array_records["set"], str(content.config_records["text"]["set"])
-        arrays = {str(k): array.numpy() for k, array in record.items()}
-    except Exception:  # numpy reads what the site wrote: any exception is the site's
+    records = content.config_records
+    text = records["text"].get("set") if "text" in records else None
+    if "set" not in content.array_records or not isinstance(text, str):
         _nonsense("says that it is ready but holds no synthetic set")
+    most = max_images * (math.prod(geometry) + 2 * classes + PER_IMAGE) + 4 * PER_ARRAY
+    arrays = _arrays(content, "set", most)
     return decode(arrays, text, max_images=max_images, geometry=geometry), size(arrays, text)
 
 
+@_guarded
 def read_local(content: RecordDict, sizes: Mapping[str, int]) -> Local:
     """A site's answer to a round of averaging. Raises `FedistillError` where it has not each network's number of parameters."""
     records = read_reply(content)
-    try:
-        arrays = {str(k): array.numpy() for k, array in content.array_records["models"].items()}
-    except Exception:  # numpy reads what the site wrote: any exception is the site's
+    if "models" not in content.array_records:
         _nonsense("holds no parameters")
+    arrays = _arrays(content, "models", sum(4 * n + PER_ARRAY for n in sizes.values()))
     if not _is_count(records) or records == 0:
         _nonsense("has no number of records")
     if set(arrays) != set(sizes) or any(a.dtype != np.float32 or a.shape != (sizes[n],) for n, a in arrays.items()):
@@ -58,6 +103,7 @@ def read_local(content: RecordDict, sizes: Mapping[str, int]) -> Local:
     return Local({name: torch.from_numpy(array.copy()) for name, array in arrays.items()}, records)
 
 
+@_guarded
 def read_progress(value: Any) -> dict[str, Any]:
     """What a site says about its work, with every field of the right type.
 
@@ -71,18 +117,19 @@ def read_progress(value: Any) -> dict[str, Any]:
         _nonsense("has a count that is none")
     if not isinstance(seconds, dict) or not isinstance(notes, list) or not isinstance(curve, list):
         _nonsense("lacks its figures")
-    pairs = [p for p in curve if isinstance(p, list) and len(p) == 2 and _is_count(p[0])]
+    pairs = [p for p in curve[:MOST_POINTS] if isinstance(p, list) and len(p) == 2 and _is_count(p[0])]
     return {
         **counts,
         "phase": value["phase"],
         "loss": _number(value.get("loss")),
-        "eta": _number(value.get("eta")),
-        "seconds": {k: _number(seconds.get(k)) or 0.0 for k in ("experts", "distill")},
+        "eta": _seconds(value.get("eta")),
+        "seconds": {k: _seconds(seconds.get(k)) or 0.0 for k in ("experts", "distill")},
         "notes": [str(n)[:LONGEST] for n in notes[:50]],
         "curve": [[step, loss] for step, raw in pairs if (loss := _number(raw)) is not None],
     }
 
 
+@_guarded
 def read_confusions(value: Any, models: set[str], shape: tuple[int, ...]) -> dict[str, Any]:
     """Counts of each model, nested lists of `shape`. Raises `FedistillError`."""
     if not isinstance(value, dict) or set(value) != models:
@@ -92,39 +139,63 @@ def read_confusions(value: Any, models: set[str], shape: tuple[int, ...]) -> dic
     return value
 
 
+@_guarded
 def read_description(value: Any, *, private: bool = False) -> dict[str, Any]:
     """What a site says that it holds; `private`: without the number of images per class. Raises `FedistillError`."""
     if not isinstance(value, dict):
         _nonsense("is no description")
     names, counts, geometry = (value.get(k) for k in ("class_names", "counts", "geometry"))
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        _nonsense("has no class names")
+    if not isinstance(names, list) or not 0 < len(names) <= MOST_CLASSES or not all(map(_is_word, names)):
+        _nonsense(f"has no class names, or more than {MOST_CLASSES}")
+    if len(set(names)) < len(names):
+        _nonsense("names a class twice")
     if private and counts is not None:
         _nonsense("tells private counts")
     if not private and not (isinstance(counts, list) and len(counts) == len(names) and all(map(_is_count, counts))):
         _nonsense("has not one count per class")
     if not isinstance(geometry, list) or len(geometry) not in (3, 4) or not all(_is_count(g) for g in geometry):
         _nonsense("has no geometry")
+    if not 0 < math.prod(geometry) <= MOST_VALUES:
+        _nonsense(f"has images of no pixels, or of more than {MOST_VALUES} values")
     train, kind = value.get("train"), value.get("kind")
     if kind not in KINDS or not _is_count(train):
         _nonsense("has no kind of task or no number of images")
     if counts is not None and (train < max(counts) or (kind != "multilabel" and train != sum(counts))):
         _nonsense("has counts that do not fit the number of its images")
     words = {k: value.get(k) for k in ("site", "modality", "fingerprint")}
-    if not all(isinstance(w, str) and 0 < len(w) <= LONGEST for w in words.values()):
+    if not all(map(_is_word, words.values())):
         _nonsense("has no name, no modality or no fingerprint")
+    if len(quote(str(words["site"]), safe="")) > LONGEST_NAME:
+        _nonsense(f"has a name that makes a folder of more than {LONGEST_NAME} characters")
     return {**words, "kind": kind, "class_names": names, "train": train, "counts": counts, "geometry": geometry}
 
 
 def _is_table(value: Any, shape: tuple[int, ...]) -> bool:
     """Whether `value` is nested lists of counts."""
     if not shape:
-        return _is_count(value)
+        return _is_count(value) and value <= MOST_COUNTED
     return isinstance(value, list) and len(value) == shape[0] and all(_is_table(part, shape[1:]) for part in value)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+
+
+def _arrays(content: RecordDict, record: str, most: int) -> Arrays:
+    raw = {str(name): array.data for name, array in content.array_records[record].items()}
+    try:
+        return read_arrays(raw, most_bytes=most)
+    except FedistillError as error:
+        raise FedistillError("bad-reply", error.sentence) from None
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= LONGEST
+
+
+def _seconds(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and 0 <= number <= MOST_SECONDS else None
 
 
 def _number(value: Any) -> float | None:

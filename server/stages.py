@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
+from fedistill.wire import MAX_TEXT
 from server.collect import Failure, Receive, converse, job, slice_job, wait_for_nodes, with_arrays
 from server.replies import read_confusions, read_description, read_progress, read_reply, read_set
 
@@ -227,22 +229,22 @@ def _distil(
             return first[node]
         ipc, policy = run.config.ipc, run.config.budget
         most = most_images(task, ipc=ipc, counts=counts[site], policy=policy)
-        made, sent = read_set(content, max_images=most, geometry=task.geometry)
+        made, sent = read_set(content, max_images=most, geometry=task.geometry, classes=task.classes)
         check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy)
         if run.private:
-            check_promise(made, run.config)
+            check_promise(made, run.config, records=run.sites()[site]["train"])
         save_set(made, run.set_folder(round, site))
         finished[site] = made
         figures = {k: now[k] for k in ("seconds", "iterations", "skipped", "notes")}
         before = run.sites()[site].get("upload_bytes", 0) if round > 1 else 0
         figures |= {"final_loss": now["loss"], "upload_bytes": before + sent, "synthetic_images": len(made)}
-        run.record(site, status="ok", reason="", **figures)
+        run.record(site, status="ok", reason="", code="", **figures)
         run.note(site, "collect", "done", message=f"{len(made)} images, {sent / 1000:.0f} kB")
         return None
 
     failures = _ask(run, "train.distill", first, receive, nodes, run.config.deadline, phases)
     for node, failure in failures.items():
-        run.record(nodes[node], status=failure.status, reason=failure.reason)
+        run.record(nodes[node], status=failure.status, reason=failure.reason, code=failure.code)
     return failures
 
 
@@ -289,9 +291,13 @@ def _counts(
 ) -> dict[str, dict[str, Any]]:
     """Site -> model -> counts (`evaluation.metrics`) on one split of the site's images."""
     results: dict[str, dict[str, Any]] = {}
+    shape = counts_shape(task.classes, task.kind)
+    longest = max(
+        MAX_TEXT, 20 * len(models) * math.prod(shape)
+    )  # 20: digits of a count, and what parts it from the next
 
     def receive(node: int, content: RecordDict) -> None:
-        results[nodes[node]] = read_confusions(read_reply(content), set(models), counts_shape(task.classes, task.kind))
+        results[nodes[node]] = read_confusions(read_reply(content, longest=longest), set(models), shape)
 
     arrays = {name: theta.detach().cpu().numpy() for name, theta in models.items()}
     content = with_arrays(job(run.config, split=split), "models", arrays)

@@ -96,19 +96,28 @@ def epsilon_of(mechanisms: Sequence[Mechanism], delta: float) -> Accounted:
 
 
 def cross_check(mechanisms: Sequence[Mechanism], delta: float) -> Accounted | None:
-    """What Google's PLD accountant says; None where `dp-accounting` is not installed (`pip install fedistill[privacy]`)."""
+    """What Google's PLD accountant says; None where `dp-accounting` is not installed (`pip install fedistill[privacy]`).
+
+    Raises `FedistillError` where it says nothing within `PATIENCE`, or no finite epsilon.
+    """
     try:
         import dp_accounting as dpa
         from dp_accounting.pld import PLDAccountant
     except ImportError:
         return None
-    accountant = PLDAccountant()
-    for m in mechanisms:
-        gaussian = dpa.GaussianDpEvent(m.noise_multiplier)
-        event = gaussian if m.sample_rate == 1 else dpa.PoissonSampledDpEvent(m.sample_rate, gaussian)
-        accountant.compose(event, m.steps)
-    name = f"dp-accounting {version('dp-accounting')} PLD"
-    return Accounted(epsilon=float(accountant.get_epsilon(delta)), delta=delta, accountant=name)
+
+    def ask() -> float:
+        accountant = PLDAccountant()
+        for m in mechanisms:
+            gaussian = dpa.GaussianDpEvent(m.noise_multiplier)
+            event = gaussian if m.sample_rate == 1 else dpa.PoissonSampledDpEvent(m.sample_rate, gaussian)
+            accountant.compose(event, m.steps)
+        return float(accountant.get_epsilon(delta))
+
+    found = _in_time(ask)
+    if found is None:
+        raise FedistillError("no-epsilon", "The second accountant shows no finite epsilon for its mechanisms.")
+    return Accounted(epsilon=found, delta=delta, accountant=f"dp-accounting {version('dp-accounting')} PLD")
 
 
 def agree(first: Accounted, second: Accounted) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedistill.errors import FedistillError
+from fedistill.files import read_plain
 from fedistill.privacy.accounting import upwards
 from fedistill.release.claim import Claim
 from fedistill.wire import strict_json
@@ -28,9 +29,9 @@ KEPT = (  # besides the fields that are checked one by one; of no other field an
 def read_audit(path: Path) -> dict[str, Any]:
     """The result in the file at `path`. Raises `FedistillError` ("bad-audit") where it is none."""
     try:
-        if path.stat().st_size > LARGEST:
+        if path.is_file() and path.stat().st_size > LARGEST:
             _refuse(str(path), f"it is longer than {LARGEST} bytes")
-        found = strict_json(path.read_text(encoding="utf-8"))
+        found = strict_json(read_plain(path, LARGEST).decode())
     except OSError:
         raise FedistillError("no-audit", f"There is no audit result {path} that could be read.") from None
     except ValueError:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fedistill.config import Config
 from fedistill.errors import FedistillError
-from fedistill.privacy.accounting import Mechanism, upwards
+from fedistill.privacy.accounting import Mechanism, auto_delta, upwards
 from fedistill.synthetic.set import SyntheticSet
 
 NOTHING = "No formal guarantee"
@@ -178,10 +178,14 @@ def check_conditions(claim: Claim) -> None:
             raise FedistillError("condition-failed", f"{why} {condition.how}".strip())
 
 
-def check_promise(made: SyntheticSet, config: Config) -> None:
-    """Raise `FedistillError` ("refused-set") where a set does not promise what `config` asked of its sites."""
+def check_promise(made: SyntheticSet, config: Config, *, records: int = 1) -> None:
+    """Raise `FedistillError` ("refused-set") where a set does not promise what `config` asked of its sites.
+
+    records: how many its site declared, of which delta follows where `config` does not say it.
+    """
     claim = read_claim(made)
     check_conditions(claim)
+    most = config.delta or auto_delta(records)
     for site in claim.sites:
         if site.epsilon is None or site.epsilon > config.epsilon or site.unit != config.unit:
             said = f"epsilon={site.epsilon:g} per {site.unit}" if site.epsilon is not None else "no guarantee"
@@ -189,6 +193,11 @@ def check_promise(made: SyntheticSet, config: Config) -> None:
                 "refused-set",
                 f"The set of site '{site.site}' is refused: it promises {said}, "
                 f"and epsilon={config.epsilon:g} per {config.unit} was asked for.",
+            )
+        if site.delta is None or site.delta > most:
+            raise FedistillError(
+                "refused-set",
+                f"The set of site '{site.site}' is refused: its delta={site.delta or 0:g} is more than was asked for: {most:g}.",
             )
 
 

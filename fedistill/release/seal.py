@@ -25,11 +25,12 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedistill.errors import FedistillError
-from fedistill.files import write_bytes
+from fedistill.files import read_plain, write_bytes
 
 SUMS = "SHA256SUMS"
 SIGNATURE = "SIGNATURE"
 PUBLIC_KEY = "PUBLIC-KEY.pem"
+LARGEST = 2**20  # bytes of the three
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0\r\n]+)")
 
 
@@ -70,8 +71,8 @@ def load_private(path: Path) -> Ed25519PrivateKey:
 def load_public(path: Path) -> Ed25519PublicKey:
     """The public key in the file at `path`. Raises `FedistillError` ("bad-key") where there is none."""
     try:
-        key = load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm):
+        key = load_pem_public_key(read_plain(path, LARGEST))
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise FedistillError("bad-key", f"{path} is not an Ed25519 public key: give the .pub file of the publisher.")
@@ -105,7 +106,7 @@ def seal(folder: Path, key: Ed25519PrivateKey | None) -> None:
 def broken_files(folder: Path) -> list[str]:
     """One sentence for every file that is missing, changed or was not there when the release was sealed."""
     try:
-        text = (folder / SUMS).read_bytes().decode()
+        text = read_plain(folder / SUMS, LARGEST).decode()
     except (OSError, UnicodeDecodeError):
         return [f"{SUMS} is missing or cannot be read, so nothing shows that the files are unchanged."]
     lines = [_LINE.fullmatch(line) for line in text.removesuffix("\n").split("\n")]
@@ -115,9 +116,13 @@ def broken_files(folder: Path) -> list[str]:
     found = []
     for name, expected in listed.items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
+        try:
+            digest = None if path.is_symlink() or not path.is_file() else sha256(path)
+        except OSError:  # a name that no file system takes, or a file that may not be read
+            digest = None
+        if digest is None:
             found.append(f"{name} is missing, or not a plain file.")
-        elif sha256(path) != expected:
+        elif digest != expected:
             found.append(f"{name} was changed: its checksum is not the one in {SUMS}.")
     extra = sorted({path.name for path in folder.iterdir()} - set(listed) - {SUMS, SIGNATURE})
     return found + [f"{name} does not belong to the release: {SUMS} does not list it." for name in extra]
@@ -143,9 +148,8 @@ def check_signature(folder: Path, expected: Ed25519PublicKey | None) -> tuple[st
     if key is None:
         return "unsigned", [f"The release has a {SIGNATURE} but no {PUBLIC_KEY}."]
     try:
-        key.verify(
-            base64.b64decode((folder / SIGNATURE).read_bytes().strip(), validate=True), (folder / SUMS).read_bytes()
-        )
+        signature = base64.b64decode(read_plain(folder / SIGNATURE, LARGEST).strip(), validate=True)
+        key.verify(signature, read_plain(folder / SUMS, LARGEST))
     except (InvalidSignature, OSError, binascii.Error, ValueError):
         whose = "enclosed key" if expected is None else "given public key"
         return "bad", [f"The signature is not that of the {whose} over {SUMS}."]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from numpy.typing import NDArray
 
 from fedistill.errors import FedistillError
+from fedistill.files import read_plain
 from fedistill.privacy.accounting import HOPELESS, PRECISION, Accounted, agree, cross_check, epsilon_of
 from fedistill.release.arrays import arrays_of
 from fedistill.release.audit import check_audit, checked_audit
@@ -21,11 +24,12 @@ from fedistill.release.seal import SUMS, broken_files, check_signature, sha256
 from fedistill.release.text import escaped
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set
-from fedistill.wire import strict_json
+from fedistill.wire import read_npy, strict_json
 
 SLACK = 1e-3  # of an epsilon: accountants of different versions differ by less
 HEADER = 1024  # bytes at most in front of an array in a .npz file
-LARGEST = 2**24  # bytes of privacy.json and croissant.json
+LARGEST = 2**24  # bytes of a text: README.md, privacy.json and croissant.json
+MOST_DIFFERENT = 50  # mechanisms of one site: accountants take time and memory for each
 _SHAPE: dict[str, type | tuple[type, ...]] = {
     "guarantee": str,
     "format": str,
@@ -122,6 +126,8 @@ def check_accounts(site: SiteClaim) -> tuple[list[str], list[str]]:
     if site.epsilon is None or site.delta is None or not site.mechanisms:
         return [], []
     said = f"Site {site.site} claims epsilon {site.epsilon:g}"
+    if len({(m.noise_multiplier, m.sample_rate) for m in site.mechanisms}) > MOST_DIFFERENT:
+        return [f"{said}, of more than {MOST_DIFFERENT} different mechanisms: that is too many to check."], []
     try:
         first = epsilon_of(site.mechanisms, site.delta)
     except FedistillError:
@@ -134,7 +140,10 @@ def check_accounts(site: SiteClaim) -> tuple[list[str], list[str]]:
         quoted = Accounted(epsilon=site.second[0], delta=site.delta, accountant=site.second[1])
         if not agree(claim, quoted):
             problems.append(f"{said}, and the second accountant that it quotes disagrees: {quoted.epsilon:g}.")
-    second = cross_check(site.mechanisms, site.delta) if first.epsilon < HOPELESS else None
+    try:
+        second = cross_check(site.mechanisms, site.delta) if first.epsilon < HOPELESS else None
+    except FedistillError as error:
+        return [*problems, f"{said}. {error.sentence}"], []
     if second is None:
         return problems, ["The second accountant was not asked: it is not installed, or epsilon is hopelessly large."]
     if not agree(first, second) or second.epsilon > site.epsilon + SLACK:
@@ -189,7 +198,7 @@ def _others(folder: Path, listed: Mapping[str, Any]) -> list[str]:
 
 def _card(folder: Path, claim: Claim) -> list[str]:
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = read_plain(folder / "README.md", LARGEST).decode()
     except (OSError, UnicodeDecodeError):
         return ["README.md is missing or cannot be read."]
     lacking = [s for s in (claim.sentence, claim.banner) if s and escaped(s) not in text]
@@ -199,26 +208,33 @@ def _card(folder: Path, claim: Claim) -> list[str]:
 def _arrays(path: Path, made: SyntheticSet) -> list[str]:
     """Whether the MedMNIST file holds the images of the set."""
     expected = arrays_of(made)
+    most = sum(a.nbytes + HEADER for a in expected.values())
     try:
-        with ZipFile(path) as archive:  # what would unfold to more than the set is not read at all
-            if sum(member.file_size for member in archive.infolist()) > sum(
-                a.nbytes + HEADER for a in expected.values()
-            ):
+        with ZipFile(io.BytesIO(read_plain(path, 2 * most + LARGEST))) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > most:  # it is not read at all
                 return [f"{path.name} holds more than the images and labels of the set."]
-        with np.load(path, allow_pickle=False) as file:
-            held = {name: file[name] for name in file.files}
-    except Exception:  # numpy and zipfile raise half a dozen kinds for a damaged archive
+            if any(member.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for member in members):
+                raise ValueError  # others choose how much memory they take
+            held = {member.filename: archive.read(member) for member in members}
+        same = set(held) == {f"{name}.npy" for name in expected} and len(members) == len(expected)
+        same = same and all(_is_array(held[f"{name}.npy"], array) for name, array in expected.items())
+    except Exception:  # zipfile raises half a dozen kinds for a damaged archive
         return [f"{path.name} cannot be read."]
-    if set(held) != set(expected) or not all(np.array_equal(held[k], v) for k, v in expected.items()):
-        return [f"{path.name} does not hold the images and labels of the set."]
-    return []
+    return [] if same else [f"{path.name} does not hold the images and labels of the set."]
+
+
+def _is_array(content: bytes, array: NDArray[Any]) -> bool:
+    """Whether a `.npy` file holds this array."""
+    try:
+        return np.array_equal(read_npy(content, [array.dtype.str]), array)
+    except FedistillError:
+        return False
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST:
-            raise ValueError
-        value = strict_json(path.read_text(encoding="utf-8"))
+        value = strict_json(read_plain(path, LARGEST).decode(), most=LARGEST)
     except (OSError, ValueError):
         raise FedistillError("bad-release", f"{path.name} is missing, or is not JSON.") from None
     if not isinstance(value, dict):

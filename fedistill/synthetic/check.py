@@ -36,6 +36,8 @@ def check_set(
 
     if candidate.sites != (site,):
         raise refuse(f"it says that it comes from {', '.join(map(repr, candidate.sites))}")
+    if set(candidate.manifest) != {site}:  # it would speak for them in the merged set
+        raise refuse("its manifest is not about this site alone")
     if candidate.class_names != task.class_names:
         raise refuse(f"its classes are {', '.join(candidate.class_names)}, not {', '.join(task.class_names)}")
     if candidate.kind != task.kind:

@@ -64,7 +64,7 @@ def fedistill(monkeypatch, capsys):
 def edited(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     value = json.loads(path.read_text())
     change(value)
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(value, sort_keys=True))
 
 
 def test_every_changed_byte_is_found(signed: Path) -> None:
