@@ -42,6 +42,7 @@ def merge(sets: Sequence[SyntheticSet]) -> SyntheticSet:
         std=first.std,
         modality=first.modality,
         step_size=tuple(a for s in ordered for a in s.step_size),
-        manifest={name: about for s in ordered for name, about in s.manifest.items()},
+        # a set speaks for its own sites alone
+        manifest={name: about for s in ordered for name, about in s.manifest.items() if name in s.sites},
         kind=first.kind,
     )
