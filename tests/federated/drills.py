@@ -289,6 +289,10 @@ class Stage:
         )
 
 
+def before_all(place: Path) -> str:
+    return os.pathsep.join([str(place), os.environ.get("PYTHONPATH", "")])
+
+
 def set_of(out: Path, seed: int) -> str:
     return identity(load_set(out / f"seed-{seed}" / "merged"))
 
@@ -406,7 +410,7 @@ def clock_off(stage: Stage, name: str, seed: int) -> Result:
     place = stage.folder / "late"
     place.mkdir()
     (place / "sitecustomize.py").write_text(CLOCK)
-    return stage.refused_start(name, "south", PYTHONPATH=str(place))
+    return stage.refused_start(name, "south", PYTHONPATH=before_all(place))
 
 
 def wrong_authority(stage: Stage, name: str, seed: int) -> Result:
@@ -511,7 +515,7 @@ def upgraded(stage: Stage, name: str, seed: int) -> Result:
     stage.wait(out, stage.distils(out))
     steps, harm = stage.steps(out, "north"), time.monotonic()
     stage.federation.kill("north")
-    stage.back("north", PYTHONPATH=str(place))
+    stage.back("north", PYTHONPATH=before_all(place))
     stage.wait(out)
     result = stage.judged(name, seed, out, harm, steps)
     stage.federation.kill("north")

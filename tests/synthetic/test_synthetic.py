@@ -194,6 +194,13 @@ def test_merging_in_steps_is_merging_at_once(names: list[str], cut: int) -> None
         assert torch.equal(steps.images[steps.of_site(name)], at_once.images[at_once.of_site(name)])
 
 
+def test_a_set_does_not_speak_for_another_site() -> None:
+    north, south = make("north"), make("south")
+    lie = replace(north, manifest=dict(north.manifest) | {"south": {"lie": True}})
+    assert merge([lie, south]).manifest["south"] == south.manifest["south"]
+    assert merge([south, replace(lie, sites=("west",), manifest=lie.manifest)]).manifest == south.manifest
+
+
 def test_sets_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(FedistillError, match=r"north and south cannot be merged: mean is"):
         merge([make("north"), replace(make("south"), mean=0.1)])
