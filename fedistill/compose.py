@@ -1,6 +1,7 @@
 """A server and its proxy as containers: one file for `docker compose`.
 
-The proxy is in the server's own network, so the server stays on 127.0.0.1 there, and only the proxy's port is to be had outside.
+The server is in the proxy's own network, so the server stays on 127.0.0.1 there, and only the proxy's port is to be had outside.
+It is that way round because a container that starts again finds the network of one that went on, and not the reverse.
 Paths are the same within as without: every other file of the folder names them.
 """
 
@@ -13,24 +14,24 @@ _COMPOSE = """\
 # FEDISTILL_IMAGE: an image in which fedistill is installed (docs/deployment.md). Commands of the operator:
 #   docker compose exec server fedistill server status {folder} RUN
 services:
-  server:
-    image: ${{FEDISTILL_IMAGE:-fedistill}}
-    command: {command}
-    user: "{user}"
-    environment: {{HOME: /tmp, USER: fedistill}}
-    volumes: [{all}]
-    ports: ["{outside}:{outside}"]   # of the proxy, which shares this network; the server itself listens on 127.0.0.1
-    stop_grace_period: 30s
-    restart: always
   proxy:
     image: nginx:stable
-    network_mode: "service:server"
-    depends_on: [server]
+    ports: ["{outside}:{outside}"]
     volumes:
       - {config}
       - {certificate}
       - {key}
       - {authority}
+    restart: always
+  server:
+    image: ${{FEDISTILL_IMAGE:-fedistill}}
+    command: {command}
+    network_mode: "service:proxy"   # where it listens on 127.0.0.1
+    depends_on: [proxy]
+    user: "{user}"
+    environment: {{HOME: /tmp, USER: fedistill}}
+    volumes: [{all}]
+    stop_grace_period: 30s
     restart: always
 """
 

@@ -68,7 +68,7 @@ def terminate_is_interrupt() -> Iterator[None]:
         yield
     finally:
         for n, handler in before.items():
-            signal.signal(n, handler)
+            signal.signal(n, handler or signal.SIG_DFL)
 
 
 @contextmanager

@@ -53,8 +53,8 @@ class Federation:
         self, folder: Path, sites: Mapping[str, Path], rules: Mapping[str, str], show: Show = lambda line: None
     ) -> None:
         self.server, self.folder = folder / "server", folder
-        self._sites, self._rules, self._show = sites, rules, show
-        self._running: list[subprocess.Popen[bytes]] = []
+        self._sites, self._rules, self.show = sites, rules, show
+        self.children: list[subprocess.Popen[bytes]] = []  # the server first
 
     def policy(self, name: str) -> Path:
         return self.folder / name / "site.toml"
@@ -91,7 +91,7 @@ class Federation:
         self._start(name, ["site", "start", "--site", policy, "--port", free_port()], "SuperNode ID")
 
     def __exit__(self, *_: object) -> None:
-        for group in (self._running[1:], self._running[:1]):  # sites say goodbye while the server is there
+        for group in (self.children[1:], self.children[:1]):  # sites say goodbye while the server is there
             below = {pid: start_time(pid) for child in group for pid in process_tree(child.pid)}
             for child in group:
                 child.terminate()
@@ -112,12 +112,12 @@ class Federation:
 
     def command(self, *words: object) -> str:
         """What a command of fedistill prints. Raises `FedistillError` with its last line where it fails."""
-        self._show(_shown(words))
+        self.show(_shown(words))
         return fedistill(*words)
 
     def _start(self, name: str, words: Sequence[object], ready: str) -> None:
         """Run a command that lasts, until its log has the words that say it is ready."""
-        self._show(_shown(words))
+        self.show(_shown(words))
         log = self.folder / f"{name}.log"
         with open(log, "wb") as file:
             process = subprocess.Popen(
@@ -128,7 +128,7 @@ class Federation:
                 start_new_session=True,  # Ctrl-C is for us
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-        self._running.append(process)
+        self.children.append(process)
         end = time.monotonic() + SECONDS
         while not re.search(ready, log.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() > end:
@@ -212,10 +212,13 @@ def _person(federation: Federation, name: str) -> Iterator[None]:
             waiting = list((federation.folder / name / "work").glob("site-*/outbox/*/request.json"))
             if not waiting:
                 continue
-            federation.command("site", "pending", *where)
-            identity = waiting[0].parent.name
-            federation.command("site", "show", identity[:8], *where)
-            federation.command("site", "approve", identity[:8], "--reason", "looked at the contact sheet", *where)
+            short = waiting[0].parent.name[:8]
+            try:
+                federation.command("site", "pending", *where)
+                federation.command("site", "show", short, *where)
+                federation.command("site", "approve", short, "--reason", "looked at the contact sheet", *where)
+            except FedistillError as error:  # the job then waits in vain, and says so
+                federation.show(f"The officer could not decide: {error.sentence}")
             return
 
     person = threading.Thread(target=decide)

@@ -128,10 +128,10 @@ def test_containers_show_the_proxy_and_nothing_else(server: Server) -> None:
     found: dict[str, Any] = yaml.safe_load((server.folder / "compose.yaml").read_text())["services"]
     place = str(server.folder)
     assert set(found) == {"server", "proxy"}
-    assert found["server"]["ports"] == ["444:444"]  # of the network that both share: what nginx.conf listens on
+    assert found["proxy"]["ports"] == ["444:444"]
     assert "listen 444 ssl" in (server.folder / "nginx.conf").read_text()
-    assert "ports" not in found["proxy"]
-    assert found["proxy"]["network_mode"] == "service:server"
+    assert "ports" not in found["server"]
+    assert found["server"]["network_mode"] == "service:proxy"
     assert found["server"]["command"] == ["fedistill", "server", "start", place]
     assert found["server"]["volumes"] == [f"{place}:{place}"]
     mounts = found["proxy"]["volumes"]

@@ -113,10 +113,9 @@ def keep_running(policy: Policy, link: Connection, command: Sequence[str], env: 
                 child = _Child(command, env, place, replace(note, state="starting", why="", tries=note.tries + 1))
                 note = child.follow()
                 if note.state == "connected":
-                    note, refused = replace(note, tries=0), 0.0
+                    note = replace(note, tries=0)
                 said = child.said()
-                if REFUSED in said:
-                    refused = refused or time.monotonic()
+                refused = (refused or time.monotonic()) if REFUSED in said else 0.0
                 why = _why(said, link, refused_for=time.monotonic() - refused if refused else 0.0)
                 note = _keep(place, replace(note, state="waiting", why=why))
                 print(f"The SuperNode ended: {why}. Another try in {PAUSE:.0f} s.", file=sys.stderr, flush=True)
@@ -139,7 +138,7 @@ def _why(said: str, link: Connection, *, refused_for: float) -> str:
             f"{link.server} has refused this site for {refused_for:.0f} s: its key is not admitted (any more), or "
             f"another SuperNode runs with it. Send {link.key}.pub to the operator, and start again once it is admitted.",
         )
-    if refused_for or REFUSED in said:
+    if REFUSED in said:
         return "the server does not let it in yet (after a SuperNode was killed that takes a minute; else its key is not admitted)"
     try:
         found = reach(link)
