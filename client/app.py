@@ -9,6 +9,7 @@ of an unexpected error only the fact. With privacy=dp all of that is public, or 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import traceback
@@ -48,7 +49,7 @@ HELD_OUT = ("val", "test")
 # Errors whose sentences name a site's own files.
 OWN_FILES = (
     "site-config", "broken-log", "not-allowed", "bad-set", "no-set",
-    "broken-ledger", "unusable-ledger", "other-format", "other-work",
+    "broken-ledger", "unusable-ledger", "other-format", "other-work", "broken-file",
 )  # fmt: skip
 
 _loaded: dict[
@@ -153,9 +154,12 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
                     "A file of this site's own cannot be used: errors.log there, or its SuperNode's output, says why."
                 )
             content = _error(error.code, sentence)
-        except Exception:
+        except Exception as error:
             _keep(traceback.format_exc(), folder)
-            content = _error("internal", "An unexpected error: see errors.log in the work folder of the site.")
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                content = _error("disk-full", "The disk of this site is full; what was done before is kept.")
+            else:
+                content = _error("internal", "An unexpected error: see errors.log in the work folder of the site.")
         return Message(content, reply_to=msg)
 
     return handler

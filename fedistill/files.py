@@ -6,10 +6,12 @@ import json
 import os
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -50,8 +52,24 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
+class BrokenFile(FedistillError, ValueError):
+    """A file of our own that is not as it was written."""
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Raises `BrokenFile` where what is done with a file cannot be done because it is torn; one that is missing is missing."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, SafetensorError):
+        raise BrokenFile(
+            "broken-file", f"{path} is not as it was written: remove it, and what it held is made anew."
+        ) from None
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    with whole(path):
+        return json.loads(path.read_text())
 
 
 def read_toml(path: Path, code: str) -> dict[str, Any]:
@@ -70,11 +88,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write_tensors` wrote."""
-    return load_file(path), read_about(path)
+    with whole(path):
+        return load_file(path), read_about(path)
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """The JSON value of `write_tensors`, without reading the tensors."""
-    with open(path, "rb") as file:
+    with whole(path), open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return dict(json.loads(header["__metadata__"]["about"]))
+        return dict(json.loads(header["__metadata__"]["about"]))

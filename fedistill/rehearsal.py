@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +47,42 @@ Show = Callable[[str], None]
 
 
 class Federation:
-    """sites: name -> data. rules: name -> text that takes the place of the policy's tables between [site] and [connection]; without
-    it the policy stays as `site init` writes it. show: told of every command before it runs."""
+    """Use it as a context: its processes end with it, by force. Where a command fails, `FedistillError` says how.
+
+    sites: name -> data. rules: name -> text that takes the place of the policy's tables between [site] and [connection]; without it
+    the policy stays as `site init` writes it. show: told of every command before it runs.
+    """
 
     def __init__(
         self, folder: Path, sites: Mapping[str, Path], rules: Mapping[str, str], show: Show = lambda line: None
     ) -> None:
         self.server, self.folder = folder / "server", folder
-        self._sites, self._rules, self.show = sites, rules, show
-        self.children: list[subprocess.Popen[bytes]] = []  # the server first
+        self.show = show
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._sites, self._rules = sites, rules
 
     def policy(self, name: str) -> Path:
         return self.folder / name / "site.toml"
 
     def __enter__(self) -> Federation:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self.begin()
+            self.admit()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
+    def __exit__(self, *_: object) -> None:
+        for name in reversed(list(self.processes)):
+            self.kill(name)
+
     def begin(self) -> None:
-        """Set a server up, and run it. Raises `FedistillError` where a command fails, as `admit` and `run` do."""
+        """Set a server up, and run it."""
+        self.folder.mkdir(parents=True, mode=0o700)
         port = free_port()
         self.command("server", "init", self.server, "--address", f"127.0.0.1:{port}", "--port", port)
-        self._start("server", ["server", "start", self.server], "startup complete")
+        self.start_server()
 
     def admit(self) -> None:
         """Set all sites up, and have them take part."""
@@ -88,14 +103,32 @@ class Federation:
             policy.write_text("\n".join([head, self._rules[name], rest[rest.index("[connection]") :]]))
         self.command("site", "check", "--site", policy)
         self.command("server", "admit", self.server, name, place / f"{name}.key.pub")
-        self._start(name, ["site", "start", "--site", policy, "--port", free_port()], "SuperNode ID")
+        self.start_site(name)
 
-    def __exit__(self, *_: object) -> None:
-        for group in (self.children[1:], self.children[:1]):  # sites say goodbye while the server is there
-            below = {pid: start_time(pid) for child in group for pid in process_tree(child.pid)}
-            for child in group:
+    def start_server(self) -> None:
+        self._start("server", ["server", "start", self.server], "startup complete")
+
+    def start_site(self, name: str, **environment: str) -> None:
+        """Raises `TimeoutError` where the site ends, or does not connect."""
+        words = ["site", "start", "--site", self.policy(name), "--port", free_port()]
+        self._start(name, words, "SuperNode ID", environment)
+
+    def kill(self, name: str) -> None:
+        """The server or a site, with all that it started, at once."""
+        process = self.processes[name]
+        for pid in process_tree(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self) -> None:
+        """In good order: sites say goodbye while the server is there."""
+        for group in ([n for n in self.processes if n != "server"], ["server"]):
+            children = [self.processes[name] for name in group if name in self.processes]
+            below = {pid: start_time(pid) for child in children for pid in process_tree(child.pid)}
+            for child in children:
                 child.terminate()
-            for child in group:
+            for child in children:
                 stop_engine(child, below)
 
     def run(self, name: str, settings: Mapping[str, Any], seconds: float) -> Path:
@@ -115,7 +148,9 @@ class Federation:
         self.show(_shown(words))
         return fedistill(*words)
 
-    def _start(self, name: str, words: Sequence[object], ready: str) -> None:
+    def _start(
+        self, name: str, words: Sequence[object], ready: str, environment: Mapping[str, str] | None = None
+    ) -> None:
         """Run a command that lasts, until its log has the words that say it is ready."""
         self.show(_shown(words))
         log = self.folder / f"{name}.log"
@@ -126,9 +161,9 @@ class Federation:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,  # Ctrl-C is for us
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(environment or {}),
             )
-        self.children.append(process)
+        self.processes[name] = process
         end = time.monotonic() + SECONDS
         while not re.search(ready, log.read_text(errors="replace")):
             if process.poll() is not None or time.monotonic() > end:
@@ -169,7 +204,8 @@ def _play(place: Path, names: Sequence[str], show: Show) -> None:
         data = load_data(whole)
         for place_of, file in enumerate(files.values()):
             write_npz(file, partition(data, whole).at(data, place_of))
-    with Federation(place / "federation", files, {}, command_line) as federation:
+    federation = Federation(place / "federation", files, {}, command_line)
+    try:
         with _step(show, "The operator sets up a server"):
             federation.begin()
         with _step(show, "Every hospital gets a kit, makes its key, checks its policy, is admitted, and takes part"):
@@ -184,6 +220,8 @@ def _play(place: Path, names: Sequence[str], show: Show) -> None:
             federation.command("server", "status", federation.server, "rehearsal")
             federation.command("site", "log", "--site", federation.policy(officer))
             federation.command("server", "fetch", federation.server, "rehearsal", "--to", place / "results")
+    finally:
+        federation.stop()
     show(_result(place / "results"))
 
 

@@ -332,4 +332,5 @@ def _below(needed: int, finished: int, failures: list[tuple[str, str]]) -> Fedis
     for site, reason in sorted(failures):
         sites.setdefault(reason.rstrip("."), []).append(site)
     why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in sites.items())
-    return FedistillError("quorum", f"{finished} sites finished and {needed} are needed. {why}.")
+    what = f"{finished} site{'s' * (finished != 1)} finished and {needed} {'are' if needed != 1 else 'is'} needed"
+    return FedistillError("quorum", f"{what}. {why}.")

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedistill.errors import FedistillError
+from fedistill.files import whole
 
 TOLERANCE = 1e-3  # of the length of a step; matching compares differences of checkpoints, not checkpoints
 
@@ -59,7 +60,7 @@ def decode(parts: Mapping[str, Tensor]) -> Tensor:
 
 def read(file: Path, last: int) -> Tensor:
     """Checkpoints 0 to `last` of a trajectory on disk, `(last+1, P)` float32; what comes after is not read."""
-    with safe_open(file, "pt") as stored:
+    with whole(file), safe_open(file, "pt") as stored:
         parts = {"first": stored.get_tensor("first")}
         parts |= {name: stored.get_slice(name)[:last] for name in ("steps", "scale")}
     return decode(parts)

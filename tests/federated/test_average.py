@@ -94,7 +94,7 @@ def test_a_failing_site_is_left_out_of_its_round(tmp_path: Path) -> None:
     data = load_data(TINY)
     size = fedavg(TINY, data, partition(data, TINY), tmp_path / "alone")["upload_bytes"] // 6
     assert arms["fedavg"]["upload_bytes"] == 5 * size
-    with pytest.raises(FedistillError, match=r"1 sites finished and 2 are needed\. site-2, site-3: its client app"):
+    with pytest.raises(FedistillError, match=r"1 site finished and 2 are needed\. site-2, site-3: its client app"):
         run(tmp_path / "few", lambda kind, node, before: 2 if kind == "train.fedavg" and node else None)
 
 

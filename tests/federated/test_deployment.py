@@ -50,9 +50,9 @@ def test_three_hospitals_over_tls_make_what_the_simulation_makes(tmp_path: Path)
     try:
         with federation:
             person.start()
-            federation.begin()
-            federation.admit()
-            running = {pid: start_time(pid) for child in federation.children for pid in process_tree(child.pid)}
+            running = {
+                pid: start_time(pid) for child in federation.processes.values() for pid in process_tree(child.pid)
+            }
             out = federation.run("first", SETTINGS | {"slice_seconds": 30.0}, 240)
             told = json.loads(fedistill("server", "status", federation.server, "first", "--json"))
             nodes = json.loads(fedistill("server", "sites", federation.server, "--json"))
