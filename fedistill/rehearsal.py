@@ -60,6 +60,7 @@ class Federation:
         self.show = show
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._sites, self._rules = sites, rules
+        self._over = threading.Event()  # no command is begun any more
 
     def policy(self, name: str) -> Path:
         return self.folder / name / "site.toml"
@@ -86,8 +87,14 @@ class Federation:
 
     def admit(self) -> None:
         """Set all sites up, and have them take part."""
-        with ThreadPoolExecutor(2) as pool:
+        pool = ThreadPoolExecutor(2)
+        try:
             list(pool.map(self._admit, self._sites))
+        except BaseException:
+            self._over.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _admit(self, name: str) -> None:
         told = self.command("server", "add-site", self.server, name)
@@ -145,14 +152,19 @@ class Federation:
 
     def command(self, *words: object) -> str:
         """What a command of fedistill prints. Raises `FedistillError` with its last line where it fails."""
-        self.show(_shown(words))
+        self._begin(words)
         return fedistill(*words)
+
+    def _begin(self, words: Sequence[object]) -> None:
+        if self._over.is_set():
+            raise FedistillError("over", "The federation has ended.")
+        self.show(_shown(words))
 
     def _start(
         self, name: str, words: Sequence[object], ready: str, environment: Mapping[str, str] | None = None
     ) -> None:
         """Run a command that lasts, until its log has the words that say it is ready."""
-        self.show(_shown(words))
+        self._begin(words)
         log = self.folder / f"{name}.log"
         with open(log, "wb") as file:
             process = subprocess.Popen(
@@ -166,7 +178,7 @@ class Federation:
         self.processes[name] = process
         end = time.monotonic() + SECONDS
         while not re.search(ready, log.read_text(errors="replace")):
-            if process.poll() is not None or time.monotonic() > end:
+            if process.poll() is not None or time.monotonic() > end or self._over.is_set():
                 raise TimeoutError(f"{name} did not start:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.1)
 
