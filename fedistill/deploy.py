@@ -1,26 +1,27 @@
 """What a server and its sites are set up with: keys, certificates, kits, and the command lines of Flower's programs.
 
     FOLDER/server.toml       the address that sites use, and the port behind it
-    FOLDER/pki/              ca.crt, server.crt and their keys; superexec.secret
+    FOLDER/pki/              ca.crt, server.crt and their keys (`fedistill.certificates`); superexec.secret
     FOLDER/kits/north.zip    what a site gets: the authority's certificate, the address, its name. No secret.
     FOLDER/nginx.conf        passes to the sites what they need, and nothing else
+    FOLDER/compose.yaml      the server and that proxy as containers
     FOLDER/runs/             results
+    FOLDER/started/          which of Flower's runs a run is
 
 A private key is made where it is used and never travels. That a kit is genuine its fingerprint shows, told over another way.
 """
 
 from __future__ import annotations
 
-import datetime
 import getpass
 import hashlib
 import io
-import ipaddress
 import json
 import os
 import re
 import secrets
 import shlex
+import shutil
 import sys
 import tomllib
 import zipfile
@@ -30,17 +31,16 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
+from fedistill.certificates import MOST_BYTES, Shown, keep_own, make_authority, outside
+from fedistill.compose import compose_of
 from fedistill.errors import FedistillError
 from fedistill.files import read_plain, write_bytes, write_once
 from fedistill.simulation import app_folder
 from fedistill.wire import strict_json
 
-DAYS = 825  # of a certificate
-MOST_BYTES = 100_000  # of a file in a kit
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 HERE = "here"  # what Flower's configuration calls the server
 _PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
@@ -50,8 +50,8 @@ _NGINX = """\
 server {{
     listen {outside} ssl;
     server_name {host};
-    ssl_certificate {folder}/pki/server.crt;
-    ssl_certificate_key {folder}/pki/server.key;
+    ssl_certificate {certificate};
+    ssl_certificate_key {key};
     client_max_body_size 16m;                   # Flower sends pieces of 5 MiB
     location /v1/fleet/ {{
         proxy_pass https://127.0.0.1:{port};
@@ -74,6 +74,7 @@ Wants=network-online.target
 [Service]
 User={user}
 ExecStart={command}
+KillMode=mixed
 Restart=always
 RestartSec=10
 
@@ -103,6 +104,14 @@ class Server:
     def link(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def host(self) -> str:
+        return self.address.partition(":")[0]
+
+    @property
+    def pki(self) -> Path:
+        return self.folder / "pki"
+
 
 @dataclass(frozen=True)
 class Kit:
@@ -112,35 +121,55 @@ class Kit:
     fingerprint: str
 
 
-def begin_server(folder: Path, address: str, port: int) -> Server:
-    """Write the folder of a server. Raises `FedistillError` where there is one, or on an address that is none."""
+def begin_server(folder: Path, address: str, port: int, own: Shown | None = None) -> Server:
+    """Write the folder of a server. own: certificates that sites are to see in place of the federation's own.
+
+    Raises `FedistillError` where there is one, or on an address that is none, or certificates that do not fit it.
+    """
     if folder.exists() and any(folder.iterdir()):
         what = "holds a server already" if (folder / "server.toml").exists() else "is not empty"
         raise FedistillError("exists", f"{folder} {what}: choose another folder.")
-    host, _, outside = address.partition(":")
-    outside = outside or "443"
-    if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not outside.isdigit() or not 0 < int(outside) < 65536:
+    host, _, gate = address.partition(":")
+    gate = gate or "443"
+    if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not gate.isdigit() or not 0 < int(gate) < 65536:
         raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
     folder = folder.absolute()
-    server = Server(folder, f"{host}:{outside}", port)
+    server = Server(folder, f"{host}:{gate}", port)
     new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # the folder is there whole, or not at all
     new.mkdir(parents=True, mode=0o700)
+    try:
+        _fill(new, server, gate, own)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return server
+
+
+def _fill(new: Path, server: Server, gate: str, own: Shown | None) -> None:
+    """What `server` consists of, in the folder `new`, which will be its own."""
     (new / "pki").mkdir(mode=0o700)
-    _certificates(new / "pki", host)
+    make_authority(new / "pki", server.host)
+    if own is not None:
+        keep_own(new / "pki", own, server.host)
     write_once(new / "pki" / "superexec.secret", secrets.token_hex(32).encode())
+    folder, shown = server.folder, outside(new / "pki")
+    certificate, key = f"{folder}/pki/{shown.certificate.name}", f"{folder}/pki/{shown.key.name}"
     config = (
         f'[superlink]\ndefault = "{HERE}"\n[superlink.{HERE}]\naddress = "{server.link}"\n'
         f'root-certificates = "{folder}/pki/ca.crt"\n'
     )
     write_bytes(new / "flower" / "config.toml", config.encode())
-    write_bytes(new / "nginx.conf", _NGINX.format(outside=outside, host=host, port=port, folder=folder).encode())
-    unit = unit_of(f"server start {folder}")
-    write_bytes(new / "fedistill-server.service", unit.encode())
-    write_bytes(new / "server.toml", f'address = "{server.address}"\nport = {port}\n'.encode())
-    if folder.exists():
-        folder.rmdir()
-    os.rename(new, folder)
-    return server
+    proxy = _NGINX.format(
+        outside=gate, host=server.host, port=server.port, folder=folder, certificate=certificate, key=key
+    )
+    write_bytes(new / "nginx.conf", proxy.encode())
+    compose = compose_of(folder=str(folder), gate=gate, certificate=certificate, key=key)
+    write_bytes(new / "compose.yaml", compose.encode())
+    write_bytes(new / "fedistill-server.service", unit_of(f"server start {folder}").encode())
+    write_bytes(new / "server.toml", f'address = "{server.address}"\nport = {server.port}\n'.encode())
 
 
 def unit_of(words: str) -> str:
@@ -164,7 +193,7 @@ def make_kit(server: Server, name: str) -> tuple[Path, str]:
             "bad-name", f"'{name}' is no name for a site: use up to 32 lower-case letters, digits and dashes."
         )
     parts = {
-        "ca.crt": (server.folder / "pki" / "ca.crt").read_bytes(),
+        "ca.crt": outside(server.pki).authority.read_bytes(),
         "site.json": json.dumps({"name": name, "address": server.address}, sort_keys=True).encode(),
         "README.txt": _README.format(name=name, address=server.address).encode(),
     }
@@ -215,7 +244,7 @@ def make_site_key(path: Path) -> Path:
 
 def link_commands(server: Server) -> list[list[str]]:
     """The SuperLink, and beside it what starts the server's part of a run: nobody without the secret gets its work."""
-    pki = server.folder / "pki"
+    pki = server.pki
     secret = ["--superexec-auth-secret-file", str(pki / "superexec.secret")]
     tls = ["--ssl-ca-certfile", str(pki / "ca.crt"), "--ssl-certfile", str(pki / "server.crt")]
     tls += ["--ssl-keyfile", str(pki / "server.key")]
@@ -265,45 +294,3 @@ def _fingerprint(parts: Mapping[str, bytes]) -> str:
     """Sixteen digits in groups of four, to be read aloud."""
     digest = hashlib.sha256(b"".join(hashlib.sha256(parts[name]).digest() for name in _KIT)).hexdigest()[:16]
     return " ".join(digest[k : k + 4] for k in range(0, 16, 4))
-
-
-def _certificates(folder: Path, host: str) -> None:
-    """An authority of the federation's own, and a certificate by it for `host` and for this machine."""
-    now = datetime.datetime.now(datetime.UTC)
-    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, who)]) for who in ("fedistill authority", host)]
-    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    places: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    try:
-        places.append(x509.IPAddress(ipaddress.ip_address(host)))
-    except ValueError:
-        places.append(x509.DNSName(host))
-    extensions: dict[str, tuple[x509.ExtensionType, bool]] = {
-        "ca": (x509.BasicConstraints(ca=True, path_length=0), True),
-        "server": (x509.SubjectAlternativeName(list(dict.fromkeys(places))), False),
-    }
-    for file, name, key in (("ca", names[0], authority), ("server", names[1], server)):
-        made = x509.CertificateBuilder(names[0], name, key.public_key(), x509.random_serial_number())
-        made = made.not_valid_before(now - datetime.timedelta(hours=1)).not_valid_after(
-            now + datetime.timedelta(days=DAYS)
-        )
-        made = made.add_extension(*extensions[file])
-        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        mine = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
-        made = made.add_extension(mine, critical=False).add_extension(_usage(signs=file == "ca"), critical=True)
-        write_once(folder / f"{file}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN))
-        write_bytes(folder / f"{file}.crt", made.sign(authority, hashes.SHA384()).public_bytes(_PEM))
-
-
-def _usage(*, signs: bool) -> x509.KeyUsage:
-    """Of an authority, or of a server."""
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        encipher_only=False,
-        decipher_only=False,
-    )

@@ -19,11 +19,13 @@ from torch import Tensor
 from fedistill.errors import FedistillError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write atomically: a reader sees the old file or the new one."""
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Write atomically: a reader sees the old file or the new one. private: for the owner's eyes alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    temporary.unlink(missing_ok=True)  # with whatever rights a killed process left it
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open(os.open(temporary, flags, 0o600 if private else 0o666), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -51,7 +51,7 @@ def stop_engine(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
 
 @contextmanager
 def terminate_is_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does; only the main thread may and need ask for it."""
+    """SIGTERM, and the end of a terminal, raise KeyboardInterrupt as Ctrl-C does; only the main thread may and need ask for it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -59,11 +59,16 @@ def terminate_is_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = [n for n in (signal.SIGTERM, getattr(signal, "SIGHUP", None)) if n is not None]
+    before = {n: signal.getsignal(n) for n in numbers}
     try:
+        for n in numbers:
+            if before[n] is not signal.SIG_IGN:  # as under nohup
+                signal.signal(n, interrupt)
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for n, handler in before.items():
+            signal.signal(n, handler or signal.SIG_DFL)
 
 
 @contextmanager

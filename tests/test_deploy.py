@@ -196,7 +196,7 @@ def test_a_site_from_a_kit_and_what_start_needs(
     assert fingerprint in capsys.readouterr().err
     assert (tmp_path / "north.key.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
     ran: list[list[str]] = []
-    monkeypatch.setattr("os.execvpe", lambda file, words, env: ran.append(words))
+    monkeypatch.setattr("fedistill.site.node.keep_running", lambda policy, link, words, env: ran.append(words))
     say("site", "start", "--site", policy)
     assert f'site-config="{policy}"' in ran[0]
     assert "fed.example.org:443" in ran[0]

@@ -17,6 +17,7 @@ from fedistill.commands.shared import AsJson, say
 from fedistill.errors import FedistillError
 
 if TYPE_CHECKING:
+    from fedistill.certificates import Shown
     from fedistill.deploy import Server
 
 app = typer.Typer(
@@ -25,6 +26,12 @@ app = typer.Typer(
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="The server's folder.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="What the run is called.")]
+Certificate = Annotated[
+    str | None,
+    typer.Option(help="A certificate of your own for sites to see, with those between it and the authority."),
+]
+CertificateKey = Annotated[str | None, typer.Option(help="The private key of --certificate.")]
 STARTING = 60.0  # seconds that a program of Flower may take to start
 
 
@@ -33,24 +40,63 @@ def init(
     folder: Folder,
     address: Annotated[str, typer.Option(help="Where sites reach the server: host, or host:port.")],
     port: Annotated[int, typer.Option(help="Port on this machine alone, behind the proxy.", min=1, max=65535)] = 8000,
+    certificate: Certificate = None,
+    certificate_key: CertificateKey = None,
+    authority: Annotated[
+        str | None,
+        typer.Option(help="The certificate of the authority that --certificate is by; sites get it in their kits."),
+    ] = None,
 ) -> None:
-    """Write the folder of a server: certificates, a proxy that lets sites in and nobody else, a unit for systemd."""
+    """Write the folder of a server: certificates, a proxy that lets sites in and nobody else, units for systemd and Compose."""
     from fedistill.deploy import begin_server
 
-    server = begin_server(Path(folder), address, port)
+    own = _own(certificate, certificate_key, authority)
+    server = begin_server(Path(folder), address, port, own)
     say(
         f"{folder} is a server for {server.address}. nginx.conf is what may be reached from outside: nothing else should be."
     )
 
 
 @app.command()
+def renew(folder: Folder, certificate: Certificate = None, certificate_key: CertificateKey = None) -> None:
+    """Make a new certificate for the server, by the same authority: sites notice nothing. Or take a new one of your own."""
+    from fedistill.certificates import end_of, inside, keep_own, make_certificate, outside
+    from fedistill.deploy import read_server
+
+    server = read_server(Path(folder))
+    before = outside(server.pki)
+    own = _own(certificate, certificate_key, str(before.authority) if certificate or certificate_key else None)
+    if own is not None and before == inside(server.pki):
+        raise FedistillError(
+            "no-own",
+            f"{folder} has no certificate of your own: make the server anew with --certificate, for sites need new kits.",
+        )
+    if own is None:
+        make_certificate(server.pki, server.host)
+        new = inside(server.pki).certificate
+    else:
+        keep_own(server.pki, own, server.host)
+        new = before.certificate
+    say(
+        f"{new} is valid until {end_of(new):%Y-%m-%d}. Start the server again, and have the proxy read it: nginx -s reload."
+    )
+    if own is None and before.certificate != new:
+        say(
+            f"What sites see is {before.certificate}, until {end_of(before.certificate):%Y-%m-%d}: renew it with --certificate."
+        )
+
+
+@app.command()
 def start(folder: Folder) -> None:
     """Run the server until it is stopped."""
+    from fedistill.certificates import check_certificates
     from fedistill.deploy import environment, link_commands, read_server
     from fedistill.processes import terminate_is_interrupt
 
     os.umask(0o077)
     server = read_server(Path(folder))
+    for sentence in check_certificates(server.pki, server.host):
+        say(f"Soon: {sentence}")
     children: list[subprocess.Popen[bytes]] = []
     try:
         with terminate_is_interrupt():
@@ -127,7 +173,7 @@ def run(
     from fedistill.config import make_config
     from fedistill.deploy import HERE, read_server, run_words
     from fedistill.events import claim_folder
-    from fedistill.files import read_toml
+    from fedistill.files import read_toml, write_json
     from fedistill.privacy.rules import check_private
     from fedistill.simulation import app_folder
 
@@ -140,33 +186,138 @@ def run(
         claim_folder(Path(config.out), config)  # another job of that name is refused
     if not config.sites:
         raise FedistillError("no-number", f"{job}: say with sites = 3 how many take part, so that none is left out.")
-    _flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings))
+    name = Path(config.out).name
+    if _at_work(server, name):
+        raise FedistillError(
+            "at-work", f"{name} is at work: `fedistill server status {folder} {name}` says how far it is."
+        )
+    told = json.loads(_flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings), "--format", "json"))
+    write_json(_started(server, name), {"run": str(told["run-id"]), "cancelled": ""})
     say(f"Started: {config.out}")
 
 
 @app.command()
-def status(folder: Folder, name: Annotated[str, typer.Argument(metavar="RUN")], as_json: AsJson = False) -> None:
+def cancel(folder: Folder, name: Run) -> None:
+    """Stop a run. What a site is at now ends with its slice; `server run` goes on with the run later."""
+    from fedistill.deploy import HERE, read_server
+    from fedistill.files import read_json, write_json
+
+    server = read_server(Path(folder))
+    place = _run_folder(server, name)
+    if (place / "summary.json").exists():
+        raise FedistillError("finished", f"{name} has finished: there is nothing to stop.")
+    if not _started(server, name).exists():
+        raise FedistillError("no-run", f"There is no run {name}: nothing of that name was started here.")
+    if not _at_work(server, name):
+        raise FedistillError(
+            "not-at-work", f"{name} is not at work: `fedistill server status {folder} {name}` says why."
+        )
+    identity = read_json(_started(server, name))["run"]
+    _flower(server, "stop", identity, HERE)
+    write_json(_started(server, name), {"run": identity, "cancelled": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+    say(
+        f"{name} is stopped. Sites end the slice that they are at, and keep what they made; the same `server run` goes on."
+    )
+
+
+@app.command("fetch")
+def fetch_results(
+    folder: Folder, name: Run, to: Annotated[str, typer.Option(help="A new folder for the results.")]
+) -> None:
+    """Copy what others may have of a finished run: the merged set, the models, the report, the summary."""
+    from fedistill.deploy import read_server
+    from fedistill.results import fetch
+
+    held = fetch(_run_folder(read_server(Path(folder)), name), Path(to))
+    for path in held:
+        say(f"{Path(to) / path}")
+    say("The sets of single sites, the server's log of events and its keys stay where they are.")
+
+
+@app.command()
+def status(folder: Folder, name: Run, as_json: AsJson = False) -> None:
     """How far a run is: where each site stands, and what is wrong."""
     from dataclasses import asdict
 
+    from fedistill.certificates import check_certificates
     from fedistill.deploy import read_server
     from fedistill.events import read_events
     from fedistill.files import read_json
     from fedistill.report.live import fold, render
 
-    place = _run_folder(read_server(Path(folder)), name)
+    server = read_server(Path(folder))
+    place, soon = _run_folder(server, name), []
+    try:
+        soon = check_certificates(server.pki, server.host)
+    except FedistillError as expired:  # the run is there all the same
+        soon = [expired.sentence]
     if not (place / "events.jsonl").exists() and not (place / "error.json").exists():
         raise FedistillError("no-run", f"There is no run {name}, or it has not begun.")
     events, _ = read_events(place / "events.jsonl")
     state = fold(asdict(event) for event in events)
     error = read_json(place / "error.json")["sentence"] if (place / "error.json").exists() else ""
     done = (place / "summary.json").exists()
+    cancelled = read_json(_started(server, name))["cancelled"] if _started(server, name).exists() and not done else ""
     if as_json:
         told = {site or "server": asdict(line) for (_, site), line in state.sites.items()}
-        print(json.dumps({"finished": done, "error": error, "sites": told}, indent=1))
+        facts = {"finished": done, "cancelled": cancelled, "error": error, "certificates": soon, "sites": told}
+        print(json.dumps(facts, indent=1))
         return
     Console(markup=False, highlight=False).print(render(state))
-    say(error or (f"Finished: {place / 'report.html'}" if done else "At work."))
+    for sentence in soon:
+        say(f"Certificates: {sentence}")
+    if cancelled:
+        say(f"Stopped by `server cancel`, {cancelled}.")
+        return
+    say(error or (f"Finished: {place / 'report.html'}" if done else "At work, or stopped with the server."))
+
+
+@app.command()
+def rehearse(
+    folder: Annotated[
+        str | None,
+        typer.Argument(metavar="[FOLDER]", help="A new folder, which is kept; default: one that is removed."),
+    ] = None,
+    sites: Annotated[int, typer.Option(help="How many hospitals.", min=2, max=9)] = 3,
+) -> None:
+    """Play a whole federation on this machine, with phantoms and the real commands, each of which is shown: a minute or two."""
+    from fedistill.processes import terminate_is_interrupt
+    from fedistill.rehearsal import rehearse as play
+
+    with terminate_is_interrupt():
+        play(None if folder is None else Path(folder), sites, say)
+
+
+def _own(certificate: str | None, key: str | None, authority: str | None) -> Shown | None:
+    """The operator's own certificates, all of them or none."""
+    from fedistill.certificates import Shown
+
+    given = [certificate, key, authority]
+    if not any(given):
+        return None
+    if not all(given):
+        raise FedistillError(
+            "incomplete",
+            "Give --certificate with --certificate-key, and to `server init` --authority too: or none of them.",
+        )
+    return Shown(*(Path(str(path)).absolute() for path in given))
+
+
+def _started(server: Server, name: str) -> Path:
+    """Which of Flower's runs a run is, and whether it was stopped on purpose."""
+    return server.folder / "started" / f"{name}.json"
+
+
+def _at_work(server: Server, name: str) -> bool:
+    """Whether Flower is at a run that was started here before."""
+    from fedistill.deploy import HERE
+    from fedistill.files import read_json
+
+    if not _started(server, name).exists():
+        return False
+    identity = read_json(_started(server, name))["run"]
+    runs = json.loads(_flower(server, "list", HERE, "--format", "json"))["runs"]
+    return any(str(r["run-id"]) == identity and not str(r["status"]).startswith("finished") for r in runs)
 
 
 def _run_folder(server: Server, name: str) -> Path:

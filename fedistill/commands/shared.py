@@ -55,6 +55,9 @@ Delta = Annotated[
     typer.Option(parser=_delta, metavar="FLOAT|auto", help="auto: the power of ten below one record's share."),
 ]
 Unit = Annotated[str | None, typer.Option(help="Whom epsilon protects: image, or patient (data that name patients).")]
+Where = Annotated[
+    str, typer.Option("--site", metavar="FILE", envvar="FEDISTILL_SITE", help="The site's policy, site.toml.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 

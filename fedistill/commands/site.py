@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedistill.commands.shared import AsJson, say
+from fedistill.commands.machine import check, start, status
+from fedistill.commands.shared import AsJson, Where, say
 from fedistill.errors import FedistillError
 from fedistill.release.text import plain
 
@@ -23,9 +24,6 @@ app = typer.Typer(
     help="At a hospital: what may leave, and what waits for a decision.", no_args_is_help=True, rich_markup_mode=None
 )
 
-Where = Annotated[
-    str, typer.Option("--site", metavar="FILE", envvar="FEDISTILL_SITE", help="The site's policy, site.toml.")
-]
 Id = Annotated[
     str, typer.Argument(metavar="ID", help="Of a set or of code, or how it begins; `site pending` lists them.")
 ]
@@ -97,67 +95,8 @@ def init(
     say(f"{file} is written: read it, change it, then `fedistill site check`.")
 
 
-@app.command()
-def start(
-    file: Where = "site.toml",
-    port: Annotated[
-        int, typer.Option(help="Port on this machine alone, for Flower's own use.", min=1, max=65535)
-    ] = 9094,
-) -> None:
-    """Connect to the server and work for it until stopped. What was begun goes on after the next start."""
-    import os
-
-    from fedistill.deploy import environment, guarded, node_command
-
-    policy, place = _policy(file), Path(file).absolute()
-    link = policy.connection
-    if link is None:
-        raise FedistillError("no-connection", f"{file} has no [connection]: `fedistill site init --kit` writes one.")
-    for needed in (link.authority, link.key):
-        if not needed.is_file():
-            raise FedistillError("no-file", f"{needed} is not there, and [connection] in {file} names it.")
-    os.umask(0o077)  # what is made here is for nobody else
-    policy.work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    command = node_command(place, link.server, link.authority, link.key, port)
-    home = place.with_name("flower")
-    os.execvpe(command[0], command, environment(home, guarded(home, place)))
-
-
-@app.command()
-def check(file: Where = "site.toml", as_json: AsJson = False) -> None:
-    """Say whether the policy is understood and the data can be used, what was spent, and what waits."""
-    from fedistill.config import make_config
-    from fedistill.data.sources import load_data
-    from fedistill.privacy.ledger import Ledger
-    from fedistill.site.folder import ledger_file
-    from fedistill.site.gate import requests
-
-    policy = _policy(file)
-    asked: dict[str, Any] = {"data": policy.data} | ({"privacy": "dp", "epsilon": 1.0} if policy.required else {})
-    data = load_data(make_config(asked).resolved())
-    ledger = ledger_file(policy.work, policy.name)
-    spends = Ledger(ledger, create=False).verify().count if ledger.exists() else 0
-    counts = dict(zip(data.class_names, data.train.counts(data.classes), strict=True))
-    facts: dict[str, Any] = {
-        "site": policy.name,
-        "train": len(data.train),
-        "classes": counts,
-        "small_classes": [c for c, n in counts.items() if 0 < n < policy.smallest_class],
-        "patients": data.train.patient is not None,
-        "spends": spends,
-        "waiting": [request.id for request in requests(policy) if request.decision is None],
-    }
-    if policy.unit == "patient" and not facts["patients"]:
-        raise FedistillError(
-            "no-patients", f"{file}: unit=patient, and the data do not name patients: give a manifest with that column."
-        )
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    say(f"{policy.name}: {facts['train']} training images ({', '.join(f'{c} {n}' for c, n in counts.items())}).")
-    if facts["small_classes"]:
-        say(f"Too small for jobs without privacy: {', '.join(facts['small_classes'])}.")
-    say(f"{spends} entries on the ledger, {len(facts['waiting'])} sets wait for a decision.")
+for command in (start, check, status):
+    app.command()(command)
 
 
 @app.command()

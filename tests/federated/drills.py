@@ -29,18 +29,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deployed import Federation, fedistill
 from localgrid import LocalGrid, real_site, serve
-from test_deployment import write_npz
 
 from client.app import app as client_app
 from fedistill.config import make_config
 from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.deploy import HERE, environment, make_site_key, read_server, run_words
+from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json
 from fedistill.processes import process_tree
+from fedistill.rehearsal import Federation, fedistill, write_npz
 from fedistill.simulation import app_folder
 from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
@@ -165,7 +165,7 @@ class Stage:
             try:
                 fedistill("server", "run", self.federation.server, self.folder / f"{name}.toml")
                 return
-            except AssertionError:
+            except FedistillError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(1)

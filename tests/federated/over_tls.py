@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deployed import Federation, fedistill
 
 from fedistill.config import make_config
 from fedistill.data.dataset import Dataset
@@ -28,6 +27,7 @@ from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.events import Event, read_events
 from fedistill.files import read_json
+from fedistill.rehearsal import Federation, fedistill
 from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
 

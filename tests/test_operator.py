@@ -1,0 +1,148 @@
+"""What an operator does with a run: stops it, goes on with it, takes its results; and the server as containers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedistill import cli
+from fedistill.commands import server as commands
+from fedistill.config import make_config
+from fedistill.deploy import Server, begin_server
+from fedistill.errors import FedistillError
+from fedistill.files import write_json
+
+JOB = "sites = 3\n"
+
+
+def say(*words: object) -> None:
+    cli.app(list(map(str, words)), standalone_mode=False)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    return begin_server(tmp_path_factory.mktemp("operator") / "server", "fed.example.org:444", 8123)
+
+
+class Flower:
+    """Answers as the `flwr` command does, and notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+        self.runs: dict[str, str] = {}
+
+    def __call__(self, server: Server, *words: str) -> str:
+        self.asked.append(words)
+        if words[0] == "run":
+            self.runs[str(len(self.runs) + 100)] = "running"
+            return json.dumps({"success": True, "run-id": max(self.runs)})
+        if words[0] == "stop":
+            self.runs[words[1]] = "finished:stopped"
+        return json.dumps({"runs": [{"run-id": name, "status": status} for name, status in self.runs.items()]})
+
+
+@pytest.fixture
+def flower(monkeypatch: pytest.MonkeyPatch) -> Flower:
+    found = Flower()
+    monkeypatch.setattr(commands, "_flower", found)
+    return found
+
+
+def test_a_run_is_stopped_and_goes_on(
+    server: Server, flower: Flower, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(JOB)
+    say("server", "run", server.folder, job)
+    with pytest.raises(FedistillError, match="job is at work"):  # two would write to one folder
+        say("server", "run", server.folder, job)
+    say("server", "cancel", server.folder, "job")
+    assert [words for words in flower.asked if words[0] == "stop"] == [("stop", "100", "here")]
+    (server.folder / "runs/job").mkdir(parents=True)
+    (server.folder / "runs/job/events.jsonl").write_text("")
+    say("server", "status", server.folder, "job", "--json")
+    assert json.loads(capsys.readouterr().out)["cancelled"].startswith("20")
+    (server.folder / "runs/job/events.jsonl").unlink()
+    (server.folder / "runs/job").rmdir()
+    with pytest.raises(FedistillError, match="is not at work"):
+        say("server", "cancel", server.folder, "job")
+    say("server", "run", server.folder, job)
+    assert json.loads((server.folder / "started/job.json").read_text()) == {"run": "101", "cancelled": ""}
+    flower.runs.clear()  # as a server whose database was lost
+    say("server", "run", server.folder, job)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["cancel", "{server}", "nothing"], "nothing of that name was started here"),
+        (["cancel", "{server}", "No Name"], "is no name for a run"),
+        (["cancel", "{server}", "done"], "has finished"),
+        (["fetch", "{server}", "nothing", "--to", "{out}"], "has not finished"),
+        (["fetch", "{server}", "../job", "--to", "{out}"], "is no name for a run"),
+        (["fetch", "{server}", "done", "--to", "{server}"], "nothing is overwritten"),
+        (["fetch", "{server}", "done", "--to", "{server}/server.toml/x"], "cannot be written"),
+    ],
+)
+def test_what_an_operator_gets_wrong_with_a_run(
+    words: list[str], why: str, server: Server, flower: Flower, tmp_path: Path
+) -> None:
+    finished(server)
+    with pytest.raises(FedistillError, match=why):
+        say("server", *(word.format(server=server.folder, out=tmp_path / "out") for word in words))
+    assert not list(tmp_path.iterdir())
+
+
+def finished(server: Server) -> Path:
+    """A run's folder, with what every phase leaves there."""
+    run = server.folder / "runs/done"
+    write_json(run / "summary.json", {"seed": 0})
+    write_json(run / "config.json", make_config({}).to_dict())
+    names = ("report.html", "results.md", "events.jsonl", "log.txt", "seed-0/sites.json", "seed-0/elected.json")
+    names += ("seed-0/round-1/site-north/set.safetensors", "seed-0/model-mlp.safetensors")
+    names += ("seed-0/merged/set.safetensors", "seed-0/merged/manifest.json", "seed-0/merged/contact-sheet.png")
+    for name in names:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(name)
+    return run
+
+
+def test_results_are_a_clean_folder(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finished(server)
+    say("server", "fetch", server.folder, "done", "--to", tmp_path / "out")
+    found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file())
+    merged = [f"seed-0/merged/{name}" for name in ("contact-sheet.png", "manifest.json", "set.safetensors")]
+    assert found == ["report.html", "results.md", *merged, "seed-0/model-mlp.safetensors", "summary.json"]
+    told = capsys.readouterr().err
+    assert all(str(tmp_path / "out" / name) in told for name in ("seed-0/merged", "report.html"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(FedistillError, match="nothing is overwritten"):
+        say("server", "fetch", server.folder, "done", "--to", tmp_path / "out")
+
+
+def test_containers_show_the_proxy_and_nothing_else(server: Server) -> None:
+    found: dict[str, Any] = yaml.safe_load((server.folder / "compose.yaml").read_text())["services"]
+    place = str(server.folder)
+    assert set(found) == {"server", "proxy"}
+    assert found["proxy"]["ports"] == ["444:444"]
+    assert "listen 444 ssl" in (server.folder / "nginx.conf").read_text()
+    assert "ports" not in found["server"]
+    assert found["server"]["network_mode"] == "service:proxy"
+    assert found["server"]["command"] == ["fedistill", "server", "start", place]
+    assert found["server"]["volumes"] == [f"{place}:{place}"]
+    mounts = found["proxy"]["volumes"]
+    assert all(mount.endswith(":ro") for mount in mounts)
+    inner = [mount.split(":")[0] for mount in mounts]
+    assert inner == [f"{place}/{name}" for name in ("nginx.conf", "pki/server.crt", "pki/server.key", "pki/ca.crt")]
+    assert "secret" not in json.dumps(found["proxy"])
+
+
+def test_a_folder_with_a_strange_name_is_a_good_compose_file(tmp_path: Path) -> None:
+    folder = tmp_path / 'a "strange" $NAME'
+    begin_server(folder, "fed.example.org", 8123)
+    found = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["server"]
+    assert found["command"][-1] == str(folder).replace("$", "$$")  # as Compose writes a dollar
