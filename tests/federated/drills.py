@@ -285,7 +285,11 @@ class Stage:
         words = f"{lost} iterations" if lost else "at most the slice at work"
         told = [line for line in self.told(out) if "asking again" in line]
         return Result(
-            drill, set_of(out, seed) == self.expected(seed, **settings), seconds, "; ".join(dict.fromkeys(told)), words
+            drill,
+            set_of(out, seed) == self.expected(seed, **settings),
+            seconds,
+            "; ".join(dict.fromkeys(told)) or "nothing",
+            words,
         )
 
 

@@ -14,6 +14,8 @@ import argparse
 import json
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +29,7 @@ from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.events import Event, read_events
 from fedistill.files import read_json
-from fedistill.rehearsal import Federation, fedistill
+from fedistill.rehearsal import Federation
 from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
 
@@ -53,9 +55,8 @@ def equal(folder: Path, source: str, modality: str, ipc: int, seeds: int) -> Non
         write_site(file, parts.at(data, place))
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     simulated = folder / "simulated"
-    fedistill(
-        "simulate", "--data", source, "--partition", "site", "--set", "server_data=none", *words, "--out", simulated
-    )
+    program = [str(Path(sys.executable).parent / "fedistill"), "simulate", "--data", source, "--partition", "site"]
+    subprocess.run([*program, "--set", "server_data=none", *words, "--out", str(simulated)], check=True)
     with Federation(folder / "federation", files, dict.fromkeys(files, "")) as federation:
         real = federation.run("real", settings | {"sites": len(files)}, 3600)
     for seed in range(seeds):
