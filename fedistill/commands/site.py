@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,11 +161,14 @@ def code(
 def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
     """One screen about a set: what it promises, what is in it, which job made it, and where its images are to be seen."""
     from fedistill.config import Config
+    from fedistill.release.audit import audit_sentence
     from fedistill.release.claim import read_claim
     from fedistill.site.gate import request_of
+    from fedistill.site.look import audit_of, lay_out
 
     request = request_of(_policy(file), name)
     made = request.load()
+    look, attacked = lay_out(request, made), audit_of(request)
     claim, counts = read_claim(made), made.groups.bincount(minlength=len(made.class_names)).tolist()
     usual = Config().resolved().to_dict()
     job = {key: value for key, value in request.job["config"].items() if value != usual.get(key)}
@@ -172,7 +176,9 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
         "guarantee": claim.sentence,
         "images": len(made),
         "per_class": dict(zip((*made.class_names, "no finding"), counts, strict=False)),
-        "sheet": str(request.folder / "set" / "contact-sheet.png"),
+        "sheet": str(look / "contact-sheet.png"),
+        "privacy": str(look / "privacy.json"),
+        "audit": attacked,
         "changed_settings": job,
     }
     if as_json:
@@ -184,7 +190,35 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
     for note in made.manifest[made.sites[0]].get("privacy", {}).get("not_covered", []):
         _print(f"Not covered: {note}")
     _print("Job: " + ", ".join(f"{key}={value}" for key, value in job.items()))
-    _print(f"Look at {facts['sheet']}")
+    _print(audit_sentence(attacked) if attacked else f"Not attacked: `fedistill site audit {_short(request.id)}` does.")
+    _print(f"Look at {facts['sheet']}, and at stretched.png and privacy.json beside it.")
+
+
+@app.command()
+def audit(
+    name: Id,
+    file: Where = "site.toml",
+    canaries: Annotated[int, typer.Option(help="Images with wrong labels whose presence is to be guessed.")] = 64,
+    shadows: Annotated[int, typer.Option(help="Rehearsals, each of which is the job's whole work.")] = 8,
+) -> None:
+    """Attack what the job of a set does, on this site's data; what comes of it stays beside the set, and `site show` tells it.
+
+    Exit code 1: the bound contradicts the claim.
+    """
+    from fedistill.commands.audit import attack
+    from fedistill.commands.audit import show as tell
+    from fedistill.config import make_config
+    from fedistill.data.sources import load_data
+    from fedistill.site.gate import request_of
+
+    policy = _policy(file)
+    request = request_of(policy, name)
+    config = make_config(request.job["config"] | {"data": policy.data}).resolved()
+    data = policy.check_data(config, replace(load_data(config), name=policy.name))
+    result = attack(config, data, request.folder / "audit", canaries=canaries, shadows=shadows)
+    tell(result, request.folder / "audit")
+    if result["contradicts"]:
+        raise typer.Exit(1)
 
 
 @app.command()

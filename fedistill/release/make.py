@@ -98,7 +98,7 @@ def _write(
         ledger=ledger,
         files=files_of(folder),
         signature="unsigned" if key is None else f"Ed25519 over SHA256SUMS, key {fingerprint(key.public_key())}",
-        versions=_versions(),
+        versions=software(),
     )
     _write_json(folder / "privacy.json", about)
     write_bytes(folder / "README.md", readme(made, claim, card, about).encode())
@@ -120,7 +120,8 @@ def _write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def _versions() -> dict[str, str]:
+def software() -> dict[str, str]:
+    """Versions of what a set depends on, here."""
     found = {"fedistill": fedistill.__version__, "python": platform.python_version()}
     for name in _SOFTWARE:
         try:

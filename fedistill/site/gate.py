@@ -30,7 +30,6 @@ from fedistill.processes import alone
 from fedistill.site.folder import site_folder
 from fedistill.site.policy import Policy
 from fedistill.synthetic.set import SyntheticSet
-from fedistill.synthetic.sheet import sheet_of
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import encode
 
@@ -64,11 +63,10 @@ class Request:
     decision: Decision | None
 
     def load(self) -> SyntheticSet:
-        """The set, with its contact sheet drawn anew. Raises `FedistillError` where its files are not what the id stands for."""
+        """The set. Raises `FedistillError` where its files are not what the id stands for."""
         made = load_set(self.folder / "set")
         if identity(made) != self.id:
             raise FedistillError("bad-set", f"The files in {self.folder} were changed after the set was made.")
-        sheet_of(made).save(self.folder / "set" / "contact-sheet.png")
         return made
 
 

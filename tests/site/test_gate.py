@@ -14,11 +14,13 @@ from test_policy import NOTHING, POLICY
 from fedistill import cli
 from fedistill.commands import site as command
 from fedistill.config import make_config
+from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.site import gate
 from fedistill.site.folder import site_folder
 from fedistill.site.gate import decide, decided, may_leave, read_log, request_of, requests
-from fedistill.site.policy import Policy
+from fedistill.site.look import lay_out
+from fedistill.site.policy import Policy, read_policy
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import decode, encode, quantise
 
@@ -213,11 +215,68 @@ def test_what_a_server_says_does_not_steer_the_screen(
 
 def test_the_sheet_that_is_looked_at_is_drawn_from_the_set(policy: Policy, made: SyntheticSet) -> None:
     ask(policy, made)
-    sheet = requests(policy)[0].folder / "set" / "contact-sheet.png"
+    request = requests(policy)[0]
+    sheet = lay_out(request, request.load()) / "contact-sheet.png"
     before = sheet.read_bytes()
     sheet.write_bytes(b"another picture")
-    requests(policy)[0].load()
+    lay_out(request, request.load())
     assert sheet.read_bytes() == before
+
+
+def test_every_slice_is_to_be_seen_and_nothing_hides_below_black(policy: Policy, made: SyntheticSet) -> None:
+    hidden = torch.full((len(made), 1, 3, *made.images.shape[2:]), -50.0)
+    hidden[:, :, 0, :4] = -51.0  # a stripe in the first slice, both of its colours darker than black
+    volumes = quantise(dataclasses.replace(made, images=hidden))
+    ask(policy, volumes)
+    request = requests(policy)[0]
+    folder = lay_out(request, request.load())
+    names = {
+        f"{name}{end}.png"
+        for name in ("contact-sheet", "stretched")
+        for end in ("", *(f"-slice-0{k}" for k in range(3)))
+    }
+    assert {file.name for file in folder.iterdir()} == names | {"privacy.json"}
+    assert (folder / "stretched-slice-00.png").read_bytes() != (folder / "stretched-slice-01.png").read_bytes()
+    assert (folder / "contact-sheet-slice-00.png").read_bytes() == (folder / "contact-sheet-slice-01.png").read_bytes()
+    assert json.loads((folder / "privacy.json").read_text())["formal"] is False
+
+
+def test_an_attack_on_the_job_of_a_set_is_told_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For real, with as little as an audit takes."""
+    file = tmp_path / "site.toml"
+    file.write_text(
+        f'[site]\nname = "north"\ndata = "phantom"\nwork = "{tmp_path / "work"}"\n[release]\nmanual = true\n'
+    )
+    small = {
+        "method": "sketch",
+        "ipc": 1,
+        "width": 8,
+        "depth": 2,
+        "sketch_networks": 1,
+        "sketch_augmentations": 1,
+        "iterations": 2,
+    }
+    small |= {
+        "eval_steps": 2,
+        "eval_nets": 1,
+        "eval_models": "mlp",
+        "phantom_images": 60,
+        "phantom_size": 16,
+        "phantom_classes": 2,
+    }
+    data = load_data(make_config(small).resolved())
+    site = read_policy(file)
+    made = quantise(dataclasses.replace(NOTHING, images=torch.randn(4, *data.geometry), sites=("north",)))
+    may_leave(site, made, make_config(small).resolved(), run="r", round=1, seconds=0.0)
+    assert "fedistill site audit" in say(capsys, "show", requests(site)[0].id, "--site", str(file))[1]
+    told = say(capsys, "audit", requests(site)[0].id, "--canaries", "12", "--shadows", "4", "--site", str(file))
+    assert "Control:" in told[1] + told[2]
+    shown = say(capsys, "show", requests(site)[0].id, "--site", str(file))[1]
+    assert "Attacks show epsilon of at least" in shown
+    assert (
+        "could not have shown more than" in (requests(site)[0].folder / "look" / "privacy.json").read_text()
+        or "ceiling" in shown
+    )
 
 
 def test_ids_may_be_cut_short_but_not_guessed(policy: Policy, made: SyntheticSet) -> None:
