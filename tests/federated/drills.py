@@ -98,10 +98,13 @@ class Proxy(threading.Thread):
     def run(self) -> None:
         while True:
             below, _ = self.listener.accept()
-            if time.monotonic() < self.closed_until:
+            try:
+                if time.monotonic() < self.closed_until:
+                    raise ConnectionRefusedError
+                above = socket.create_connection(("127.0.0.1", self.server))
+            except OSError:
                 below.close()
                 continue
-            above = socket.create_connection(("127.0.0.1", self.server))
             for pair in ((below, above, True), (above, below, False)):
                 threading.Thread(target=self._pass, args=pair, daemon=True).start()
 
