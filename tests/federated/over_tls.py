@@ -3,7 +3,8 @@
     PYTHONPATH=. python tests/federated/over_tls.py equal --data wbc_sites.npz --modality microscopy
     PYTHONPATH=. python tests/federated/over_tls.py cost
 
-equal: three sites with keys and data of their own, three seeds; says what is equal in sets, counts of answers and summary.
+equal: sites with keys and data of their own against simulated ones of one process, under a server that has no data; says what is
+equal in sets, counts of answers and summary, seed by seed.
 cost: seconds of a message that asks for next to nothing, and of a set of 100 MB from the site's last look at it until the
 server has checked and stored it.
 """
@@ -14,15 +15,15 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from localgrid import LocalGrid, serve
 
+from client.app import app as client_app
 from fedistill.config import make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
@@ -53,10 +54,11 @@ def equal(folder: Path, source: str, modality: str, ipc: int, seeds: int) -> Non
     files = {name: folder / f"{name}.npz" for name in parts.names}
     for place, file in enumerate(files.values()):
         write_site(file, parts.at(data, place))
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     simulated = folder / "simulated"
-    program = [str(Path(sys.executable).parent / "fedistill"), "simulate", "--data", source, "--partition", "site"]
-    subprocess.run([*program, "--set", "server_data=none", *words, "--out", str(simulated)], check=True)
+    nodes = [{"partition-id": place} for place in range(len(files))]
+    there = {"data": source, "partition": "site", "server_data": "none", "sites": len(files)}
+    config = make_config(settings | there | {"out": str(simulated), "work": str(folder / "work")}).resolved()
+    serve(LocalGrid(client_app, nodes), config)
     with Federation(folder / "federation", files, dict.fromkeys(files, "")) as federation:
         real = federation.run("real", settings | {"sites": len(files)}, 3600)
     for seed in range(seeds):
