@@ -21,6 +21,7 @@ from fedistill.synthetic.set import SyntheticSet
 NEAR = 0.25  # images closer than this share of what lies between two images of most sets are copies
 SAME = 0.15  # windows, likewise, are the same
 GAP = 3.0  # windows up to this many times farther apart are nearly the same
+FEW = 3  # images that a patch must be in, besides the one they are compared with: two may agree by chance
 FLOOR = 0.25  # of the typical distance: where all sites have black corners, a corner says nothing
 WINDOW = 8  # a window's side is this part of an image's, and at least 3 pixels
 MOST = 128  # images of a set that all others are compared with
@@ -42,7 +43,7 @@ def triggers(sets: Sequence[SyntheticSet]) -> list[float]:
     images, or started from them, have such windows too (a saturated background): they hide a patch.
     """
     typical = _typical(sets)
-    place = torch.stack([_spread(one.images) for one in sets]).median(0).values
+    place = torch.stack([_spread(one.images) for one in sets]).quantile(0.5, dim=0)
     limit = (SAME * place.clamp_min(FLOOR * typical)) ** 2
     most = [_pasted(one, limit, _near(one, typical)) for one in sets]
     return [max(0.0, m - max(most[:i] + most[i + 1 :], default=m)) for i, m in enumerate(most)]
@@ -126,7 +127,7 @@ def _typical(sets: Sequence[SyntheticSet]) -> float:
         flat = one.images.flatten(1)
         pairs = torch.pdist(flat) if len(flat) > 1 else torch.zeros(1)
         found.append(float(pairs.median()) / math.sqrt(flat.shape[1]))
-    return float(torch.tensor(found).median())
+    return float(torch.tensor(found).quantile(0.5))
 
 
 def _near(own: SyntheticSet, typical: float) -> Tensor:
@@ -161,7 +162,8 @@ def _pasted(own: SyntheticSet, limit: Tensor, near: Tensor) -> float:
         distance, mine = _windows((images[other] - images[i]).square()), groups[other] == groups[i]
         same, almost = distance < limit, distance < GAP**2 * limit
         count = 2 * same[mine].sum(0) - almost[mine].sum(0) - same[~mine].sum(0)
-        best = max(best, float(count.max()) / len(images))
+        if (most := int(count.max())) >= FEW:
+            best = max(best, most / len(images))
     return best
 
 

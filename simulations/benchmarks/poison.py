@@ -209,6 +209,9 @@ def main() -> None:
         "--work", type=Path, default=Path("runs/poison"), help="folder of the sites' work, which is kept"
     )
     parser.add_argument("--out", type=Path, help="a .csv file, to which the rows of `damage` are added")
+    parser.add_argument(
+        "--data", choices=tuple(DATA), nargs="*", help="the data sets; default: two for damage, all for alarms"
+    )
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
@@ -216,7 +219,7 @@ def main() -> None:
     keep_freed_memory()
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     if given.what == "alarms":
-        for name in DATA:
+        for name in given.data or DATA:
             found = [one for seed in seeds for one in alarms(name, given.data_root, seed)]
             honest = [flagged for attacker, flagged in found if not attacker]
             right = [attacker in flagged for attacker, flagged in found if attacker]
@@ -228,7 +231,7 @@ def main() -> None:
             )
         return
     for seed in seeds:
-        for name in DAMAGED:
+        for name in given.data or DAMAGED:
             for row in damage(name, given.data_root, given.work, seed):
                 print(*row.values(), sep=",", flush=True)
                 if given.out is not None:
