@@ -34,6 +34,7 @@ def _key(
 # scope of a key: what has to be computed again when it changes.
 #   data    every phase          experts  experts and what follows      distill  the synthetic set and what follows
 #   eval    training on the set  run      nothing: it changes how the work is carried out, never its result
+#   merge   which sets are merged: part of no key, since what is trained on a merged set is stored under the set itself
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Every setting of a run. A value of 0 in the keys that a preset fills means "as the preset says"."""
@@ -171,6 +172,13 @@ class Config:
     )
     step_lr: float = _key(0.1, "learning rate of the logarithm of the student's step size", scope="distill", low=0.0)
     skip_above: float = _key(1.5, "an iteration with a larger matching loss takes no step", scope="distill", low=0.0)
+
+    merge: str = _key(
+        "all",
+        "sets that are merged: all, or robust (without those that are suspect beside the others)",
+        scope="merge",
+        choices=("all", "robust"),
+    )
 
     eval_models: str = _key(
         "convnet,mlp", "architectures of the global models; the first gives the headline", scope="eval"

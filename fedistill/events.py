@@ -83,7 +83,8 @@ def read_events(path: Path, offset: int = 0) -> tuple[list[Event], int]:
 def claim_folder(folder: Path, config: Config) -> None:
     """Make `folder` the run folder of `config`, or go on with the run that it holds.
 
-    Keys of scope "run" may differ, so that a run can go on with more seeds or another deadline.
+    Keys of scope "run" may differ, so that a run can go on with more seeds or another deadline. A key that is younger than the
+    run had its default.
     Raises `FedistillError` ("other-run") if the folder belongs to a run with other settings or to something else.
     """
     path = folder / "config.json"
@@ -92,9 +93,9 @@ def claim_folder(folder: Path, config: Config) -> None:
             before = dict(read_json(path))
         except (ValueError, TypeError):
             raise FedistillError("other-run", f"{path} is not the configuration of a run.") from None
-        scopes = {f.name: f.metadata["scope"] for f in dataclasses.fields(Config)}
-        now = config.to_dict()
-        differs = sorted(k for k, scope in scopes.items() if scope != "run" and before.get(k) != now[k])
+        known = {f.name: f for f in dataclasses.fields(Config)}
+        before, now = {k: f.default for k, f in known.items()} | before, config.to_dict()
+        differs = sorted(k for k, f in known.items() if f.metadata["scope"] != "run" and before[k] != now[k])
         if differs:
             what = ", ".join(f"{k} was {before.get(k)!r} and is now {now[k]!r}" for k in differs[:3])
             raise FedistillError(

@@ -96,7 +96,8 @@ def run_seed(grid: Grid, config: Config, events: EventLog) -> None:
         check_settings(config, task)
     with run.stage("collect"):
         if not (folder / "merged").exists():
-            save_set(collect_sets(run, nodes, task, needed), folder / "merged")
+            val = data.val if data is not None else None
+            save_set(collect_sets(run, nodes, task, needed, val), folder / "merged")
         merged = load_set(folder / "merged")
     with run.stage("evaluate"):
         if data is not None and parts is not None and not (folder / "arms.json").exists():

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedistill.config import Config
+from fedistill.data.dataset import Split
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures, candidates, global_models
@@ -26,11 +27,13 @@ from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json, write_tensors
+from fedistill.matching.problem import budget_of
 from fedistill.release.claim import check_promise
 from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
+from fedistill.synthetic.suspect import influences_of, judge, select
 from fedistill.wire import MAX_TEXT
 from server.collect import Failure, Receive, converse, job, slice_job, wait_for_nodes, with_arrays
 from server.replies import read_confusions, read_description, read_progress, read_reply, read_set
@@ -174,14 +177,15 @@ def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
     return Task(tuple(about["geometry"]), tuple(about["class_names"]), modality, about["kind"])
 
 
-def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int) -> SyntheticSet:
+def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int, val: Split | None = None) -> SyntheticSet:
     """Every round of distillation: the merged set of the last. A site that fails later keeps its last set in it.
 
+    val: validation images, where the server has some: with merge=robust they help to tell which sets do harm.
     Raises `FedistillError` ("quorum") if fewer than `needed` sites finish a round.
     """
     sets: dict[str, SyntheticSet] = {}
     for round in range(1, run.config.rounds + 1):
-        content = slice_job(run.config, round, run.word, merge(list(sets.values())) if sets else None)
+        content = slice_job(run.config, round, run.word, _merged(run, task, sets, val) if sets else None)
         there = {site: run.set_folder(round, site) for site in run.sites()}
         finished = {site: load_set(folder) for site, folder in there.items() if folder.exists()}
         first = {node: content for node, site in nodes.items() if site not in finished}
@@ -189,7 +193,27 @@ def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int) ->
         sets.update(finished)
         if len(finished) < needed:
             raise _below(needed, len(finished), [(nodes[node], f.reason) for node, f in failures.items()])
-    return merge(list(sets.values()))
+    return _merged(run, task, sets, val)
+
+
+def _merged(run: Run, task: Task, sets: Mapping[str, SyntheticSet], val: Split | None) -> SyntheticSet:
+    """The union of the sets that the setting `merge` lets in. What was found about each is in `suspects.json`."""
+    config, made, about = run.config, list(sets.values()), run.sites()
+    counts = {site: about[site]["counts"] or [config.ipc] * task.classes for site in sets}
+    budgets = {site: budget_of(counts[site], config.ipc, config.budget) for site in sets}
+    robust = config.merge == "robust"
+    seen = influences_of(config, task, made, val) if robust and val is not None else None
+    found = judge(made, budgets, seen)
+    chosen = select(found, config.merge)
+    for one in found:
+        if one.reasons:
+            what = "left out of the merge" if one.site in chosen.left_out else "suspect, but merged"
+            run.note(one.site, "collect", "note", message=f"{what}: its set {'; it '.join(one.reasons)}")
+    if robust and chosen.note:
+        run.note("", "collect", "note", message=chosen.note)
+    sites = {one.site: one.to_dict() | {"left_out": one.site in chosen.left_out} for one in found}
+    write_json(run.folder / "suspects.json", {"merge": config.merge, "note": chosen.note, "sites": sites})
+    return merge([sets[site] for site in chosen.kept])
 
 
 def _distil(

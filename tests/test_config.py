@@ -52,7 +52,7 @@ def test_a_resolved_configuration_survives_a_round_trip() -> None:
 def test_every_key_is_documented_and_has_a_type_that_flower_can_carry() -> None:
     for item in fields(Config):
         assert item.metadata["help"]
-        assert item.metadata["scope"] in ("data", "experts", "distill", "eval", "run")
+        assert item.metadata["scope"] in ("data", "experts", "distill", "merge", "eval", "run")
         assert TYPES[item.name] in (int, float, bool, str)
 
 

@@ -94,6 +94,8 @@ def _site(site: Mapping[str, Any], sets: Mapping[str, SyntheticSet], curves: Map
         "synthetic_images": site.get("synthetic_images"),
         "notes": site.get("notes") or [],
         "privacy": site.get("privacy") or {},
+        "beside": tables.beside(site.get("suspicion")),
+        "odd": bool((site.get("suspicion") or {}).get("reasons")),
         "sheet": _sheet(made) if made is not None and len(made) else None,
         "chart": Markup(chart),
     }

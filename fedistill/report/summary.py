@@ -34,6 +34,7 @@ FLAGS = (
     "privacy", "epsilon", "delta", "unit", "preset", "out", "work",
 )  # fmt: skip
 Json = dict[str, Any]
+ODDITIES = ("copies", "trigger", "excess", "agreement", "rest")  # figures of `synthetic.suspect`
 _ENDS = {"late": "answered late"}
 
 
@@ -74,8 +75,10 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
     names = sorted({name for seed in sites for name in seed})
     described = [_site(name, [seed[name] for seed in sites if name in seed], class_names) for name in names]
     promises = _promises(folders) if config.privacy == "dp" else {}
+    judged = [_suspects(folder) for folder in folders]
     for one in described:
         one["privacy"] = _promise(promises[one["name"]]) if one["name"] in promises else None
+        one["suspicion"] = _suspicion(one["name"], judged)
     return {
         "format": FORMAT,
         "config": config.to_dict(),
@@ -106,6 +109,11 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
             f"Site {s['name']} {_ENDS.get(s['status'], 'failed')} and is not in every merged set: {s['reason']}"
             for s in described
             if s["status"] != "ok"
+        ]
+        + _odd(described)
+        + [
+            f"Merge: {note}."
+            for note in dict.fromkeys(j["note"] for j in judged if j.get("merge") == "robust" and j["note"])
         ]
         + _unasked(config, folders),
     }
@@ -143,6 +151,40 @@ def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
         "answers_epsilon": config.eval_epsilon or None,
         "simulated": config.server_data == "same",
     }
+
+
+def _suspects(folder: Path) -> Json:
+    """What one seed's sets looked like beside each other; {} of a run from before they were compared."""
+    return dict(read_json(folder / "suspects.json")) if (folder / "suspects.json").exists() else {}
+
+
+def _suspicion(name: str, judged: Sequence[Json]) -> Json | None:
+    """What is odd about a site's sets: figures are means over the seeds in which they are known."""
+    found = [j["sites"][name] for j in judged if name in j.get("sites", {})]
+    if not found:
+        return None
+    return {
+        "reasons": list(dict.fromkeys(reason for one in found for reason in one["reasons"])),
+        "seeds": len(found),
+        "suspect_in": sum(bool(one["reasons"]) for one in found),
+        "left_out_in": sum(one["left_out"] for one in found),
+        **{key: mean_std([one[key] for one in found])["mean"] for key in ODDITIES},
+    }
+
+
+def _odd(described: Sequence[Json]) -> list[str]:
+    """A sentence for every site whose set is suspect."""
+    notes = []
+    for site in described:
+        odd = site["suspicion"] or {"reasons": []}
+        if odd["reasons"]:
+            seeds = f" in {odd['suspect_in']} of {odd['seeds']} seeds" if odd["seeds"] > 1 else ""
+            times = f" in {odd['left_out_in']} of them" if odd["seeds"] > 1 else ""
+            done = f"was left out of the merged set{times}" if odd["left_out_in"] else "was merged all the same"
+            notes.append(
+                f"The set of site {site['name']} is suspect{seeds} and {done}: it {'; it '.join(odd['reasons'])}."
+            )
+    return notes
 
 
 def _audit(file: Path) -> Json | None:
@@ -247,15 +289,17 @@ def _federated(folders: Sequence[Path], headline: str, kind: str) -> Json:
 
 def _pooled(folder: Path, headline: str, kind: str) -> Json:
     """The distilled arm of one seed from the counts of all sites; there is no AUC and no deviation in counts."""
-    answers, sites = read_json(folder / "federated.json"), list(read_json(folder / "sites.json").values())
+    answers, sites = read_json(folder / "federated.json"), read_json(folder / "sites.json")
     elected = read_json(folder / "elected.json") if (folder / "elected.json").exists() else {"learning_rate": {}}
-    about = next(iter(sites))
+    about = next(iter(sites.values()))
     counts = torch.zeros(counts_shape(len(about["class_names"]), kind), dtype=torch.int64)
     for answer in answers.values():
         counts += torch.tensor(answer[headline])
     figures = from_counts(counts, kind)
     spread: Json = {name: {"mean": figures.get(name), "std": None} for name in NAMES[kind]}
-    done = [s for s in sites if s.get("status") == "ok"]
+    judged = _suspects(folder).get("sites", {})
+    out = {name for name, one in judged.items() if one["left_out"]}
+    done = [s for name, s in sites.items() if s.get("status") == "ok" and name not in out]
     return spread | {
         "per_class_recall": [{"mean": recall, "std": None} for recall in figures["per_class_recall"]],
         "images": sum(s["synthetic_images"] for s in done),

@@ -226,6 +226,19 @@ def attacked(summary: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def beside(suspicion: Mapping[str, Any] | None) -> str:
+    """What a site's set looks like beside the others (docs/poisoning.md); "" where they were not compared."""
+    if not suspicion:
+        return ""
+    if suspicion.get("copies") is None:
+        return "not judged: too few sites"
+    if not suspicion["reasons"]:
+        return "nothing odd"
+    seeds = f" in {suspicion['suspect_in']} of {suspicion['seeds']} seeds" if suspicion["seeds"] > 1 else ""
+    end = "left out of the merge" if suspicion["left_out_in"] else "merged all the same"
+    return plain(f"suspect{seeds}, {end}: it {'; it '.join(suspicion['reasons'])}")
+
+
 def records(summary: Mapping[str, Any]) -> str:
     """What the sites counted when they said how much they have."""
     return "patients" if (summary.get("privacy") or {}).get("unit") == "patient" else "images"
