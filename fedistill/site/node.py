@@ -32,11 +32,15 @@ from fedistill.site.policy import Connection, Policy
 PAUSE = 10.0  # seconds before another try
 PATIENCE = 150.0  # seconds of refusals: a killed node is let in again after 60
 STOP_SECONDS = 15.0
+LINGER = 5.0  # seconds that a SuperNode may go on after its last words
 KEPT = 200  # lines of what the SuperNode said last
 
 CONNECTED = re.compile(r"SuperNode ID: (\d+)")
 MESSAGE = re.compile(r"Receiving: (\S+) message")
 SENT = re.compile(r"Sending: (\S+) message")
+# After this a SuperNode does nothing more, and does not always end: where a connection breaks off in the middle of a
+# handshake its main thread ends, and its local server keeps the process.
+LAST_WORDS = "SSL/TLS handshake error"
 REFUSED = "[code: 2004]"
 GRACEFUL = "SuperNode terminated gracefully"
 # Flower's exit codes for what is as wrong the next time, and other last words of that kind.
@@ -198,6 +202,10 @@ class _Child:
                 sys.stderr.buffer.flush()
             line = _COLOUR.sub("", raw.decode(errors="replace")).rstrip()
             self._lines.append(line)
+            if LAST_WORDS in line:
+                end = threading.Timer(LINGER, self._process.kill)
+                end.daemon = True
+                end.start()
             if CONNECTED.search(line):
                 self._note = _keep(self._place, replace(self._note, state="connected"))
             elif found := MESSAGE.search(line):

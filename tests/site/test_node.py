@@ -90,6 +90,20 @@ def stopped_when(condition: Callable[[], bool]) -> None:
     threading.Thread(target=wait).start()
 
 
+def test_a_supernode_that_gave_up_and_lingers_is_ended(
+    policy: Policy,
+    link: Connection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(node, "LINGER", 0.1)
+    lost = "connect()\nif tries == 0:\n    print('ERROR : SSL/TLS handshake error detected.', flush=True)\nstay()"
+    stopped_when(lambda: tries(tmp_path) == 2 and (read_node(policy) or Node()).state == "connected")
+    keep_running(policy, link, fake(tmp_path, lost), os.environ)
+    assert "Another try" in capsys.readouterr().err
+
+
 def test_a_killed_supernode_is_started_again(
     policy: Policy, link: Connection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
