@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
@@ -31,7 +32,6 @@ from fedistill.data.sources import load_data
 from fedistill.events import Event, read_events
 from fedistill.files import read_json
 from fedistill.rehearsal import Federation
-from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
 
 SIDE, IMAGES = 96, 3700  # of three channels: 102 MB
@@ -56,19 +56,22 @@ def equal(folder: Path, source: str, modality: str, ipc: int, seeds: int) -> Non
         write_site(file, parts.at(data, place))
     simulated = folder / "simulated"
     nodes = [{"partition-id": place} for place in range(len(files))]
-    there = {"data": source, "partition": "site", "server_data": "none", "sites": len(files)}
-    config = make_config(settings | there | {"out": str(simulated), "work": str(folder / "work")}).resolved()
+    alone = {"data": source, "partition": "site", "server_data": "none", "sites": len(files)}
+    config = make_config(settings | alone | {"out": str(simulated), "work": str(folder / "work")}).resolved()
     serve(LocalGrid(client_app, nodes), config)
     with Federation(folder / "federation", files, dict.fromkeys(files, "")) as federation:
         real = federation.run("real", settings | {"sites": len(files)}, 3600)
     for seed in range(seeds):
         one, other = (place / f"seed-{seed}" for place in (simulated, real))
-        sets = identity(load_set(one / "merged")) == identity(load_set(other / "merged"))
+        first, second = (load_set(place / "merged") for place in (one, other))
+        sets = first.sites == second.sites and all(
+            torch.equal(getattr(first, name), getattr(second, name)) for name in ("images", "labels", "site")
+        )
         counts = read_json(one / "federated.json") == read_json(other / "federated.json")
         print(f"seed {seed}: sets equal: {sets}; counts of answers equal: {counts}")
-    first, second = (plain(read_json(place / "summary.json")) for place in (simulated, real))
-    print("summaries differ in:", ", ".join(sorted(differing(first, second))) or "nothing")
-    print(json.dumps(second["arms"].get("distilled"), indent=1))
+    there, here = (plain(read_json(place / "summary.json")) for place in (simulated, real))
+    print("summaries differ in:", ", ".join(sorted(differing(there, here))) or "nothing")
+    print(json.dumps(here["arms"]["distilled"]))
 
 
 def plain(value: Any) -> Any:

@@ -99,7 +99,7 @@ def test_a_supernode_that_gave_up_and_lingers_is_ended(
 ) -> None:
     monkeypatch.setattr(node, "LINGER", 0.1)
     lost = "connect()\nif tries == 0:\n    print('ERROR : SSL/TLS handshake error detected.', flush=True)\nstay()"
-    stopped_when(lambda: tries(tmp_path) == 2 and (read_node(policy) or Node()).state == "connected")
+    stopped_when(lambda: (read_node(policy) or Node()).state == "connected" and tries(tmp_path) == 2)
     keep_running(policy, link, fake(tmp_path, lost), os.environ)
     assert "Another try" in capsys.readouterr().err
 
