@@ -77,7 +77,9 @@ def files_of(archive: bytes) -> dict[str, bytes]:
             raise ValueError
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             entries = opened.infolist()
-            if len({e.filename for e in entries}) < len(entries) or sum(e.file_size for e in entries) > UNPACKED:
+            plain = all(e.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries)
+            once = len({e.filename for e in entries}) == len(entries)
+            if not plain or not once or sum(e.file_size for e in entries) > UNPACKED:
                 raise ValueError
             return {e.filename: opened.read(e) for e in entries}
     except (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):

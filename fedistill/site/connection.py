@@ -110,6 +110,10 @@ def _sentence(error: Exception, host: str, port: str, link: Connection) -> Fedis
     where = f"{host}:{port}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return FedistillError(kind_of(error), f"{where} is not to be trusted: {why(error, host, link.authority)}.")
+    if isinstance(error, ssl.SSLEOFError | ConnectionResetError):
+        return FedistillError(
+            "no-answer", f"The connection to {where} broke off: does the server run, is the port right?"
+        )
     if isinstance(error, ssl.SSLError):
         return FedistillError(
             "no-tls", f"{where} does not speak TLS ({why(error, host, link.authority)}): is the port right?"

@@ -132,7 +132,16 @@ def twice() -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("make", [bomb, twice, lambda: b"", lambda: b"PK" + bytes(100), lambda: bytes(11_000_000)])
+def packed_otherwise() -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_LZMA) as packed:
+        packed.writestr("client/app.py", b"good")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "make", [bomb, twice, packed_otherwise, lambda: b"", lambda: b"PK" + bytes(100), lambda: bytes(11_000_000)]
+)
 def test_traps_are_refused_and_not_kept(tmp_path: Path, make: Callable[[], bytes]) -> None:
     assert refused(policy_at(tmp_path, "approved"), make()).code == "bad-code"
     assert codes(policy_at(tmp_path)) == []

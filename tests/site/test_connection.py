@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -121,6 +122,24 @@ def test_the_network(own: Shown, silent: int, plain: int, monkeypatch: pytest.Mo
     error = failure(link(own, "no-such-host.invalid:443"))
     assert (error.code, error.code in MENDS) == ("no-name", True)
     assert failure(link(own, "127.0.0.1")).code == "bad-address"
+
+
+@pytest.mark.parametrize("linger", [0, None])
+def test_a_connection_cut_in_the_middle_of_a_handshake_mends(own: Shown, linger: int | None) -> None:
+    """With an end (the way is closed) and with a reset."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def cut() -> None:
+            there, _ = listener.accept()
+            there.recv(10)
+            if linger is not None:
+                there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, linger))
+            there.close()
+
+        threading.Thread(target=cut, daemon=True).start()
+        error = failure(link(own, f"127.0.0.1:{listener.getsockname()[1]}"))
+    assert "broke off" in error.sentence
+    assert error.code in MENDS
 
 
 def test_a_proxy_without_a_server(own: Shown) -> None:
