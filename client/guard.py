@@ -4,12 +4,12 @@ lets it, and the text of an exception stays at the site.
     guard.py SITE.TOML [what the SuperNode adds]
 
 It belongs to the site's installation and never travels. Flower has no door for this in its open-source part, so private names
-of it are replaced; where a version of Flower lacks one of them, or does not call it, nothing runs.
+of it are replaced; where a version lacks one of them, nothing runs. Other programs of Flower that run what a server sends are kept
+from the SuperNode by `fedistill.deploy.node_environment`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 from collections.abc import Callable
@@ -25,37 +25,26 @@ from fedistill.site.policy import read_policy
 
 log = logging.getLogger(__name__)
 
+REPLACED = ("pull_task_input", "install_from_fab", "get_load_client_app_fn", "push_message", "push_task_output")
 WITHHELD = "what went wrong is said at the site only"
 
 
 def guard(flower: ModuleType, policy_file: Path) -> None:
     """Put the site's check into `flwr.supernode.runtime.run_clientapp`."""
-    pull, install, loader, push, output = (
-        getattr(flower, name)
-        for name in (
-            "pull_task_input",
-            "install_from_fab",
-            "get_load_client_app_fn",
-            "push_message",
-            "push_task_output",
-        )
-    )
-    refused: list[FedistillError] = [FedistillError("code", "The code of this job was not looked at.")]
+    pull, _, loader, push, output = (getattr(flower, name) for name in REPLACED)
+    verdict: list[Path | FedistillError] = [FedistillError("code", "The code of this job was not looked at.")]
     asked: list[Message] = []
 
     def pull_and_judge(client: Any) -> Any:
         message, context, run, app = pull(client)
         asked.append(message)
-        refused[:] = judge(policy_file, app.content, app.hash_str)
+        verdict[:] = [judge(policy_file, app.content)]
         return message, context, run, app
 
-    def install_allowed(*args: Any, **kwargs: Any) -> Any:
-        return None if refused else install(*args, **kwargs)
-
-    def load_allowed(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        if refused:
-            return lambda *_: lambda message, context: refusal(message, refused[0])
-        return loader(*args, **kwargs)
+    def load_allowed(*_: Any, **__: Any) -> Callable[..., Any]:
+        if isinstance(found := verdict[0], FedistillError):
+            return lambda *_: lambda message, context: refusal(message, found)
+        return loader(default_app_ref="", app_path=str(found), multi_app=True)
 
     def push_without_text(client: Any, message: Message, context: Context) -> None:
         if message.has_error():
@@ -66,24 +55,21 @@ def guard(flower: ModuleType, policy_file: Path) -> None:
         output(*args, **kwargs | ({"details": WITHHELD} if kwargs.get("details") else {}))
 
     flower.pull_task_input = pull_and_judge  # type: ignore[attr-defined]
-    flower.install_from_fab = install_allowed  # type: ignore[attr-defined]
+    flower.install_from_fab = lambda *_, **__: None  # type: ignore[attr-defined]
     flower.get_load_client_app_fn = load_allowed  # type: ignore[attr-defined]
     flower.push_message = push_without_text  # type: ignore[attr-defined]
     flower.push_task_output = output_without_text  # type: ignore[attr-defined]
 
 
-def judge(policy_file: Path, archive: bytes, told: str) -> list[FedistillError]:
-    """Why an app must not run, or nothing. told: the hash under which Flower will look for what it unpacked."""
-    if hashlib.sha256(archive).hexdigest() != told:
-        return [FedistillError("bad-code", "The code of this job is not what its hash says.")]
+def judge(policy_file: Path, archive: bytes) -> Path | FedistillError:
+    """The folder to load an app from, or why it must not run."""
     try:
-        check_code(read_policy(policy_file), archive)
+        return check_code(read_policy(policy_file), archive)
     except FedistillError as error:
         if error.code in ("code", "bad-code"):
-            return [error]
+            return error
         log.error(error.sentence)  # it names the site's own files
-        return [FedistillError("code", "A file of this site's own cannot be used: its SuperNode's output says why.")]
-    return []
+        return FedistillError("code", "A file of this site's own cannot be used: its SuperNode's output says why.")
 
 
 def refusal(message: Message, error: FedistillError) -> Message:

@@ -42,6 +42,7 @@ from fedistill.simulation import app_folder
 from fedistill.wire import strict_json
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 HERE = "here"  # what Flower's configuration calls the server
 _PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
 _KIT = ("ca.crt", "site.json", "README.txt")
@@ -263,21 +264,33 @@ def node_command(policy_file: Path, server: str, authority: Path, key: Path, por
     return [_program("flower-supernode"), *where, "--port", str(port), "--node-config", f'site-config="{policy_file}"']
 
 
-def guarded(home: Path, policy_file: Path) -> Path:
-    """A folder with a site's own `flwr-clientapp`, which a SuperNode has to find before Flower's: `client/guard.py`."""
-    program = home / "bin" / "flwr-clientapp"
+def node_environment(home: Path, policy_file: Path) -> dict[str, str]:
+    """For a site's SuperNode, which starts programs by their names: it finds our `flwr-clientapp` (`client/guard.py`), and no other
+    program of Flower that would run what a server sends. There are several, and a version to come may have more."""
+    place, beside = home / "bin", Path(sys.executable).parent
     words = [sys.executable, "-P", str(app_folder() / "client" / "guard.py"), str(policy_file)]
-    write_bytes(program, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode())
-    program.chmod(0o700)
-    return program.parent
+    refusal = "echo 'This site runs client apps only.' >&2; exit 1"
+    programs = dict.fromkeys((*_OTHERS, *(found.name for found in beside.glob("flwr*"))), refusal)
+    programs |= {
+        "flwr-clientapp": f'exec {shlex.join(words)} "$@"',
+        "flower-superexec": f'exec {shlex.quote(_program("flower-superexec"))} "$@"',
+    }
+    for name, line in programs.items():
+        write_bytes(place / name, f"#!/bin/sh\n{line}\n".encode())
+        (place / name).chmod(0o700)
+    harmless = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if not _has_flower(part)]
+    return environment(home) | {"PATH": os.pathsep.join([str(place), *harmless])}
 
 
-def environment(home: Path, *first: Path) -> dict[str, str]:
-    """For Flower's programs: a folder of their own, nothing told to others, and our programs found first. first: those in these
-    folders before all others."""
+def _has_flower(folder: str) -> bool:
+    return not folder or any(Path(folder).glob("flwr*")) or any(Path(folder).glob("flower-*"))
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For Flower's programs: a folder of their own, nothing told to others, and our programs found first."""
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    path = os.pathsep.join([*map(str, first), str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
 
 

@@ -24,7 +24,7 @@ def start(
     ] = 9094,
 ) -> None:
     """Connect to the server and work for it until stopped; a SuperNode that ends is started again."""
-    from fedistill.deploy import environment, guarded, node_command
+    from fedistill.deploy import node_command, node_environment
     from fedistill.site.connection import check_files
     from fedistill.site.node import keep_running
     from fedistill.site.policy import read_policy
@@ -37,8 +37,7 @@ def start(
     os.umask(0o077)  # what is made here is for nobody else
     policy.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     command = node_command(place, link.server, link.authority, link.key, port)
-    home = place.with_name("flower")
-    keep_running(policy, link, command, environment(home, guarded(home, place)))
+    keep_running(policy, link, command, node_environment(place.with_name("flower"), place))
 
 
 def check(

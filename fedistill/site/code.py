@@ -2,7 +2,9 @@
 
     <work>/site-<name>/code/<id>/            app.fab, and request.json: when it came
 
-A Flower app travels as a zip archive. What decides is the archive as it came, before any of it is unpacked.
+A Flower app travels as a zip archive. What decides is the archive as it came, before any of it is unpacked; and where it says what
+is installed anyway, the installed files run, and the archive is thrown away. Flower's own unpacking is not used: it takes a folder
+of an earlier app for this one where eight digits agree, and its list of hashes can name any file of the machine.
 """
 
 from __future__ import annotations
@@ -10,12 +12,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import json
+import shutil
 import tomllib
 import zipfile
-import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_bytes, write_json
@@ -55,19 +58,22 @@ def identity_of(archive: bytes) -> str:
     return MARK + hashlib.sha256(archive).hexdigest()[:DIGITS]
 
 
-def check_code(policy: Policy, archive: bytes) -> None:
-    """Raise `FedistillError` ("code") on an app that must not run here; it is kept for a person to read."""
+def check_code(policy: Policy, archive: bytes) -> Path:
+    """The folder to load an app from that may run here: that of this installation, or a fresh copy of what was approved.
+
+    Raises `FedistillError`: "code" on an app that must not run; it is kept for a person to read. "bad-code" on what is no archive.
+    """
     folder = site_folder(policy.work, policy.name)
     name = identity_of(archive)
     other = differences(archive)
     decision = decided(folder, name)
-    if decision is None and policy.code == "installed" and not other:
-        return
-    if decision is None:
-        _keep(policy, name, archive)
-        raise FedistillError("code", f"The code of this job, {name}, was not approved by a person at this site yet.")
-    if not decision.approved:
+    allowed = decision.approved if decision is not None else policy.code == "installed" and not other
+    if allowed:
+        return _unpacked(folder / "code" / name / "app", archive) if other else app_folder()
+    if decision is not None:
         raise FedistillError("code", f"The code of this job, {name}, was rejected at this site.")
+    _keep(policy, name, archive)
+    raise FedistillError("code", f"The code of this job, {name}, was not approved by a person at this site yet.")
 
 
 def files_of(archive: bytes) -> dict[str, bytes]:
@@ -77,30 +83,27 @@ def files_of(archive: bytes) -> dict[str, bytes]:
             raise ValueError
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             entries = opened.infolist()
+            names = [PurePosixPath(e.filename) for e in entries]
             plain = all(e.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries)
-            once = len({e.filename for e in entries}) == len(entries)
-            if not plain or not once or sum(e.file_size for e in entries) > UNPACKED:
+            inside = all(not name.is_absolute() and ".." not in name.parts and name.parts for name in names)
+            once = len({str(name).casefold() for name in names}) == len(entries)
+            if not (plain and inside and once) or sum(e.file_size for e in entries) > UNPACKED:
                 raise ValueError
-            return {e.filename: opened.read(e) for e in entries}
-    except (ValueError, OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
+            return {str(name): opened.read(e) for name, e in zip(names, entries, strict=True)}
+    except Exception:  # archives are refused with a dozen kinds of errors, some of them undocumented
         raise FedistillError("bad-code", "The code of this job is no archive that can be read.") from None
 
 
 def differences(archive: bytes) -> list[str]:
-    """Paths whose content is not as in this installation: code that was changed, added or left out, and what is started."""
-    theirs, ours = files_of(archive), _installed()
-    started = _started(theirs.pop(_PROJECT, b""))
-    for name in _NO_CODE:
-        theirs.pop(name, None)
-    other = [name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)]
-    if started is None or started != _started((app_folder() / _PROJECT).read_bytes()):
-        other.append(_PROJECT)
-    return sorted(other)
+    """Paths whose content is not as in this installation: code that was changed, added or left out, and the project file, which
+    says what is started. Texts that nothing reads may differ."""
+    theirs, ours = _told(files_of(archive)), _told(_installed())
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
 
 
 def changes(archive: bytes) -> str:
     """What differs from this installation, as `diff -u` tells it."""
-    theirs, ours = files_of(archive), _installed() | {_PROJECT: (app_folder() / _PROJECT).read_bytes()}
+    theirs, ours = _told(files_of(archive)), _told(_installed())
     lines: list[str] = []
     for name in differences(archive):
         old, new = (
@@ -143,15 +146,28 @@ def _keep(policy: Policy, name: str, archive: bytes) -> None:
 
 
 def _installed() -> dict[str, bytes]:
+    """The app of this installation, as Flower would pack it."""
     root = app_folder()
-    files = (file for part in _PARTS for file in (root / part).rglob("*.py"))
+    files = [file for part in _PARTS for file in (root / part).rglob("*.py")] + [root / _PROJECT]
     found = {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     return {name: content for name, content in found.items() if name not in _STAYS}
 
 
-def _started(project: bytes) -> Any:
-    """What Flower starts of an app, by its project file; None where that says nothing."""
+def _told(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """What is compared: all but texts, and of the project file what it says, in one spelling, since Flower writes it anew."""
+    told = {name: content for name, content in files.items() if name not in _NO_CODE}
     try:
-        return tomllib.loads(project.decode())["tool"]["flwr"]["app"]["components"]
-    except (ValueError, KeyError, TypeError):
-        return None
+        project = tomllib.loads(told[_PROJECT].decode())
+        project.get("tool", {}).get("flwr", {}).pop("federations", None)
+        told[_PROJECT] = json.dumps(project, indent=1, sort_keys=True, default=str).encode()
+    except (ValueError, KeyError, AttributeError):
+        pass  # then it differs
+    return told
+
+
+def _unpacked(folder: Path, archive: bytes) -> Path:
+    """The files of an approved archive in a folder that holds nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, content in files_of(archive).items():
+        write_bytes(folder / name, content)
+    return folder

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import io
+import shutil
 import subprocess
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,32 +14,35 @@ from typing import Any
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime import run_clientapp
 
-from client.guard import WITHHELD, guard
-from fedistill.deploy import guarded
+from client.guard import REPLACED, WITHHELD, guard
+from fedistill.deploy import node_environment
+from fedistill.site.code import codes
+from fedistill.site.gate import decide
+from fedistill.site.policy import read_policy
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("pull_task_input", "install_from_fab", "get_load_client_app_fn", "push_message", "push_task_output")
 
 
 class Flower(ModuleType):
     """The parts of Flower that the guard replaces, noting what is done."""
 
-    def __init__(self, archive: bytes, told: str) -> None:
+    def __init__(self, archive: bytes) -> None:
         super().__init__("flower")
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
         self.message = Message(RecordDict(), dst_node_id=1, message_type="query.describe")
         self.message.metadata.__dict__["_message_id"] = "1"
         self.context = Context(1, 1, {}, RecordDict(), {})
-        self.app = SimpleNamespace(content=archive, hash_str=told)
+        self.app = SimpleNamespace(content=archive, hash_str="0" * 64)
         self.installed: list[bytes] = []
         self.pushed: list[Message] = []
         self.told: list[str] = []
         self.pull_task_input = lambda client: (self.message, self.context, None, self.app)
         self.install_from_fab = lambda content, skip_prompt: self.installed.append(content)
-        self.get_load_client_app_fn = lambda **_: lambda *names: lambda message, context: "the server's code ran"
+        self.get_load_client_app_fn = lambda **how: lambda *names: lambda message, context: f"ran {how['app_path']}"
         self.push_message = lambda client, message, context: self.pushed.append(message)
         self.push_task_output = lambda **about: self.told.append(about["details"])
 
@@ -55,36 +60,38 @@ def file(tmp_path: Path) -> Path:
     return found
 
 
+def changed(archive: bytes, change: Callable[[dict[str, bytes]], None]) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        files = {name: opened.read(name) for name in opened.namelist()}
+    change(files)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as packed:
+        for name, content in files.items():
+            packed.writestr(name, content)
+    return out.getvalue()
+
+
 def error_of(reply: Message) -> tuple[str, str]:
     record = reply.content.config_records["error"]
     return str(record["code"]), str(record["sentence"])
 
 
-def test_the_installed_app_runs(file: Path) -> None:
-    archive = build_fab_from_disk(ROOT)
-    flower = Flower(archive, hashlib.sha256(archive).hexdigest())
+def test_the_installed_app_is_loaded_from_the_installation(file: Path) -> None:
+    flower = Flower(build_fab_from_disk(ROOT))
     guard(flower, file)
-    assert flower.run() == "the server's code ran"
-    assert flower.installed == [archive]
+    assert flower.run() == f"ran {ROOT}"
+    assert flower.installed == []  # Flower's own unpacking is not used
 
 
 def test_other_code_is_neither_unpacked_nor_loaded(file: Path) -> None:
-    archive = b"PK"
-    flower = Flower(archive, hashlib.sha256(archive).hexdigest())
+    flower = Flower(b"PK")
     guard(flower, file)
     assert error_of(flower.run())[0] == "bad-code"
     assert flower.installed == []
 
 
-def test_an_app_under_the_name_of_another_is_refused(file: Path) -> None:
-    flower = Flower(build_fab_from_disk(ROOT), "0" * 64)
-    guard(flower, file)
-    assert "not what its hash says" in error_of(flower.run())[1]
-    assert flower.installed == []
-
-
 def test_nothing_runs_where_flower_does_not_ask(file: Path) -> None:
-    flower = Flower(b"", "")
+    flower = Flower(b"")
     guard(flower, file)
     flower.install_from_fab(b"anything", skip_prompt=True)
     reply = flower.get_load_client_app_fn(app_path=None)("id", "version", "hash")(flower.message, flower.context)
@@ -94,7 +101,7 @@ def test_nothing_runs_where_flower_does_not_ask(file: Path) -> None:
 
 def test_a_site_without_a_policy_names_no_file_to_the_server(tmp_path: Path) -> None:
     archive = build_fab_from_disk(ROOT)
-    flower = Flower(archive, hashlib.sha256(archive).hexdigest())
+    flower = Flower(archive)
     guard(flower, tmp_path / "secret-name.toml")
     code, sentence = error_of(flower.run())
     assert code == "code"
@@ -102,7 +109,7 @@ def test_a_site_without_a_policy_names_no_file_to_the_server(tmp_path: Path) -> 
 
 
 def test_texts_of_exceptions_stay(file: Path) -> None:
-    flower = Flower(b"", "")
+    flower = Flower(b"")
     guard(flower, file)
     flower.run()
     flower.push_message(None, Message(Error(code=2, reason="patient 4711"), reply_to=flower.message), flower.context)
@@ -113,11 +120,33 @@ def test_texts_of_exceptions_stay(file: Path) -> None:
 
 
 def test_flower_has_what_is_replaced() -> None:
-    assert all(hasattr(run_clientapp, name) for name in PARTS)
+    assert all(hasattr(run_clientapp, name) for name in REPLACED)
 
 
-def test_the_program_that_the_supernode_finds_is_ours(tmp_path: Path, file: Path) -> None:
-    program = guarded(tmp_path / "home with space", file) / "flwr-clientapp"
-    assert os.access(program, os.X_OK)
-    done = subprocess.run([str(program), "--help"], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.startswith("usage: flwr-clientapp")
+def test_the_supernode_finds_our_program_and_no_other_that_runs_code(tmp_path: Path, file: Path) -> None:
+    env = node_environment(tmp_path / "home with space", file)
+    found = {
+        name: shutil.which(name, path=env["PATH"])
+        for name in (*TASK_TYPE_TO_COMMAND.values(), "flower-superexec", "flwr")
+    }
+    assert {str(Path(str(path)).parent) for path in found.values()} == {str(tmp_path / "home with space" / "bin")}
+    for name, path in found.items():
+        done = subprocess.run([str(path), "--help"], capture_output=True, text=True, timeout=60, env=env, check=False)
+        assert (done.returncode == 0) == (name in ("flwr-clientapp", "flower-superexec")), name
+        if name == "flwr-clientapp":
+            assert done.stdout.startswith("usage: flwr-clientapp")
+
+
+def test_approved_code_runs_from_a_fresh_copy_of_what_was_approved(file: Path) -> None:
+    archive = changed(build_fab_from_disk(ROOT), lambda files: files.update({"client/extra.py": b"a = 1"}))
+    flower = Flower(archive)
+    guard(flower, file)
+    assert error_of(flower.run())[0] == "code"
+    policy = read_policy(file)
+    decide(policy, codes(policy)[0].id, approved=True, reason="")
+    place = codes(policy)[0].folder / "app"
+    (place / "client").mkdir(parents=True)
+    (place / "client" / "left.py").write_text("of another time")
+    assert flower.run() == f"ran {place}"
+    assert (place / "client" / "extra.py").read_bytes() == b"a = 1"
+    assert not (place / "client" / "left.py").exists()

@@ -73,6 +73,10 @@ def edit(name: str, content: bytes) -> Callable[[Files], None]:
             "pyproject.toml",
         ),
         (edit("pyproject.toml", b"[tool"), "pyproject.toml"),
+        (
+            lambda files: files.update({"pyproject.toml": files["pyproject.toml"].replace(b'"joblib', b'"evil", "joblib')}),
+            "pyproject.toml",
+        ),
     ],
 )  # fmt: skip
 def test_other_code_waits_for_a_person(tmp_path: Path, sent: bytes, change: Callable[[Files], None], name: str) -> None:
