@@ -135,6 +135,7 @@ def begin_server(folder: Path, address: str, port: int, own: Shown | None = None
     if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not gate.isdigit() or not 0 < int(gate) < 65536:
         raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
     folder = folder.absolute()
+    check_path(folder)
     server = Server(folder, f"{host}:{gate}", port)
     new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")  # the folder is there whole, or not at all
     new.mkdir(parents=True, mode=0o700)
@@ -171,6 +172,12 @@ def _fill(new: Path, server: Server, gate: str, own: Shown | None) -> None:
     write_bytes(new / "compose.yaml", compose.encode())
     write_bytes(new / "fedistill-server.service", unit_of(f"server start {folder}").encode())
     write_bytes(new / "server.toml", f'address = "{server.address}"\nport = {server.port}\n'.encode())
+
+
+def check_path(path: Path) -> None:
+    """Raises `FedistillError` ("bad-path") on what would have another meaning in a unit, in nginx.conf or in Flower's words."""
+    if found := re.search(r"[^\w./@:+,~-]", str(path)):
+        raise FedistillError("bad-path", f"{path} has the character {found[0]!r}: choose a folder without it.")
 
 
 def unit_of(words: str) -> str:
@@ -292,6 +299,11 @@ def environment(home: Path) -> dict[str, str]:
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
+
+
+def admitted_file(out: Path) -> Path:
+    """Beside a run's folder: the name under which the operator admitted each node's key, by the node's number."""
+    return out.with_name(f"{out.name}.admitted.json")
 
 
 def run_words(settings: Mapping[str, Any]) -> str:

@@ -22,6 +22,10 @@ from fedistill.errors import FedistillError
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import Arrays, encode
 
+QUICK, MANY_QUICK = (
+    1.0,
+    50,
+)  # replies within a second; more of them than this in a row, and the next message waits that long
 PAUSES = (1.0, 30.0, 60.0, 120.0)  # before asking a crashed site again: Flower lets a dead node back in after 60 s
 BROKEN_PULLS = 30  # in a row, before a reply is given up
 
@@ -88,10 +92,12 @@ def converse(
     end = time.monotonic() + deadline
     replies: queue.SimpleQueue[tuple[int, Message | None]] = queue.SimpleQueue()
     open_with = dict(first)  # node -> what it was last asked
-    tries = dict.fromkeys(first, 0)
+    tries, quick = dict.fromkeys(first, 0), dict.fromkeys(first, 0)
+    asked: dict[int, float] = {}
     failures: dict[int, Failure] = {}
 
     def send(node: int, pause: float = 0.0) -> None:
+        asked[node] = time.monotonic() + pause
         args = (grid, kind, node, open_with[node], end, pause, replies)
         threading.Thread(target=_exchange, args=args, daemon=True).start()
 
@@ -130,7 +136,8 @@ def converse(
                 del open_with[node]
             else:
                 open_with[node] = following
-                send(node)
+                quick[node] = quick[node] + 1 if time.monotonic() - asked[node] < QUICK else 0
+                send(node, QUICK if quick[node] > MANY_QUICK else 0.0)
     return failures
 
 

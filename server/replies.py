@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 
 from fedistill.errors import FedistillError
 from fedistill.models.loss import KINDS
+from fedistill.release.text import plain
 from fedistill.site.average import Local
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.wire import MAX_TEXT, Arrays, decode, read_arrays, size, strict_json
@@ -65,7 +66,7 @@ def read_reply(content: RecordDict, *, longest: int = MAX_TEXT) -> Any:
         code, sentence = (records["error"].get(k) for k in ("code", "sentence"))
         if not isinstance(code, str) or not _CODE.fullmatch(code) or not isinstance(sentence, str):
             _nonsense("is an error without a code and a sentence")
-        raise FedistillError(code, sentence[:LONGEST])
+        raise FedistillError(code, plain(sentence[:LONGEST]))
     text = records["reply"].get("json") if "reply" in records else None
     if not isinstance(text, str):
         _nonsense("has no readable answer")
@@ -124,7 +125,7 @@ def read_progress(value: Any) -> dict[str, Any]:
         "loss": _number(value.get("loss")),
         "eta": _seconds(value.get("eta")),
         "seconds": {k: _seconds(seconds.get(k)) or 0.0 for k in ("experts", "distill")},
-        "notes": [str(n)[:LONGEST] for n in notes[:50]],
+        "notes": [plain(str(n)[:LONGEST]) for n in notes[:50]],
         "curve": [[step, loss] for step, raw in pairs if (loss := _number(raw)) is not None],
     }
 
@@ -165,6 +166,8 @@ def read_description(value: Any, *, private: bool = False) -> dict[str, Any]:
     words = {k: value.get(k) for k in ("site", "modality", "fingerprint")}
     if not all(map(_is_word, words.values())):
         _nonsense("has no name, no modality or no fingerprint")
+    if plain(str(words["site"])) != words["site"]:  # it is shown to operators
+        _nonsense("has a name that is not one line of printable characters")
     if len(quote(str(words["site"]), safe="")) > LONGEST_NAME:
         _nonsense(f"has a name that makes a folder of more than {LONGEST_NAME} characters")
     return {**words, "kind": kind, "class_names": names, "train": train, "counts": counts, "geometry": geometry}

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.public import known_modality
+from fedistill.deploy import admitted_file
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures, candidates, global_models
 from fedistill.evaluation.fit import LEARNING_RATES
@@ -41,6 +42,7 @@ from server.replies import read_confusions, read_description, read_progress, rea
 UNELECTED_RATE = 0.01  # of a server that has nothing to choose a learning rate with
 WAIT_SECONDS = 300.0  # for sites to connect
 WAIT_SIMULATED = 20.0  # virtual nodes are all there before the first message
+MOST_POINTS = 10_000  # of a site's curve
 DESCRIBE_SECONDS = 900.0  # for a connected site to say what it holds
 
 
@@ -85,6 +87,12 @@ class Run:
         """Tells this run from others that share the sites' work folders."""
         return hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
 
+    @property
+    def admitted(self) -> dict[str, str]:
+        """The names under which an operator admitted the nodes, by number; empty without `fedistill server run`."""
+        file = admitted_file(self.folder.parent)
+        return dict(read_json(file)) if file.exists() else {}
+
     def record(self, name: str, **facts: Any) -> None:
         """Add to what is known of a site."""
         sites = self.sites()
@@ -94,7 +102,7 @@ class Run:
         """Add losses to a site's curve; a slice that was worked twice replaces its own points."""
         if points:
             curves = self._read("curves.json")
-            known = dict(map(tuple, [*curves.get(site, []), *points]))
+            known = dict(map(tuple, [*curves.get(site, []), *points][:MOST_POINTS]))
             self._write("curves.json", curves, {site: [[k, known[k]] for k in sorted(known)]})
 
     def set_folder(self, round: int, site: str) -> Path:
@@ -121,8 +129,16 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
         )
     said: dict[int, dict[str, Any]] = {}
 
+    admitted = {} if simulated else run.admitted
+
     def receive(node: int, content: RecordDict) -> None:
-        said[node] = read_description(read_reply(content), private=run.private)
+        about = read_description(read_reply(content), private=run.private)
+        if admitted and admitted.get(str(node)) != about["site"]:
+            raise FedistillError(
+                "other-name",
+                f"it says that it is '{about['site']}', and its key was admitted as '{admitted.get(str(node))}'",
+            )
+        said[node] = about
 
     first = dict.fromkeys(nodes, job(run.config))
     failures = _ask(run, "query.describe", first, receive, {}, min(DESCRIBE_SECONDS, run.config.deadline))

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from fedistill.commands.shared import AsJson, say
 from fedistill.errors import FedistillError
+from fedistill.release.text import plain
 
 if TYPE_CHECKING:
     from fedistill.certificates import Shown
@@ -149,9 +150,9 @@ def admit(
 @app.command()
 def sites(folder: Folder, as_json: AsJson = False) -> None:
     """List the sites that were admitted, and which are connected."""
-    from fedistill.deploy import HERE, read_server
+    from fedistill.deploy import read_server
 
-    told = json.loads(_flower(read_server(Path(folder)), "supernode", "list", HERE, "--format", "json"))
+    told = _nodes(read_server(Path(folder)))
     if as_json:
         print(json.dumps(told, indent=1))
         return
@@ -171,7 +172,7 @@ def run(
 ) -> None:
     """Start a job, or go on with one. It runs on the server; `server status` says how far it is."""
     from fedistill.config import make_config
-    from fedistill.deploy import HERE, read_server, run_words
+    from fedistill.deploy import HERE, admitted_file, read_server, run_words
     from fedistill.events import claim_folder
     from fedistill.files import read_toml, write_json
     from fedistill.privacy.rules import check_private
@@ -191,6 +192,8 @@ def run(
         raise FedistillError(
             "at-work", f"{name} is at work: `fedistill server status {folder} {name}` says how far it is."
         )
+    admitted = {str(node["node-id"]): str(node.get("name", "")) for node in _nodes(server).get("nodes", [])}
+    write_json(admitted_file(Path(config.out)), admitted)
     told = json.loads(_flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings), "--format", "json"))
     write_json(_started(server, name), {"run": str(told["run-id"]), "cancelled": ""})
     say(f"Started: {config.out}")
@@ -334,10 +337,27 @@ def _flower(server: Server, *words: str) -> str:
 
     env = environment(server.folder / "flower") | {"COLUMNS": "200"}
     done = subprocess.run(["flwr", *words], env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines() or ["nothing"]
-        raise FedistillError("flower", f"flwr {words[0]} failed (is the server running?): {said[-1].strip()}")
+    why = _complaint(done.stdout) if "json" in words else ""
+    if done.returncode or why:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and "://" not in line]
+        why = plain(why or " ".join(lines[-2:]) or "it said nothing")
+        raise FedistillError("flower", f"flwr {words[0]} failed (is the server running?): {why}")
     return done.stdout
+
+
+def _complaint(told: str) -> str:
+    """Of an answer in JSON, in which Flower says "success": false and ends as if nothing were wrong."""
+    try:
+        found = json.loads(told)
+    except ValueError:
+        return "its answer is not JSON"
+    return "" if isinstance(found, dict) and found.get("success", True) else str(found.get("error-message") or found)
+
+
+def _nodes(server: Server) -> dict[str, Any]:
+    from fedistill.deploy import HERE
+
+    return dict(json.loads(_flower(server, "supernode", "list", HERE, "--format", "json")))
 
 
 def _wait_for(server: Server, child: subprocess.Popen[bytes]) -> None:

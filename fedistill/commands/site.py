@@ -67,7 +67,7 @@ def init(
     file: Where = "site.toml",
 ) -> None:
     """Write a careful policy to begin with, to be read and changed by people; with a kit, make the site's key too."""
-    from fedistill.deploy import make_site_key, read_kit, unit_of
+    from fedistill.deploy import check_path, make_site_key, read_kit, unit_of
     from fedistill.files import write_bytes, write_once
 
     if (name is None) == (kit is None):
@@ -83,6 +83,7 @@ def init(
     words = {"name": called, "data": str(absolute) if absolute.exists() else data, "work": str(Path(work).absolute())}
     text = TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()})
     if found is not None:
+        check_path(place.absolute())
         authority = place.with_name(f"{called}.ca.crt")
         if write_once(authority, found.authority) != found.authority:
             raise FedistillError("exists", f"{authority} is of another federation: choose another folder for this one.")

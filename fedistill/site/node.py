@@ -118,7 +118,7 @@ def keep_running(policy: Policy, link: Connection, command: Sequence[str], env: 
                 note = child.follow()
                 if note.state == "connected":
                     note = replace(note, tries=0)
-                said = child.said()
+                said = child.said
                 refused = (refused or time.monotonic()) if REFUSED in said else 0.0
                 why = _why(said, link, refused_for=time.monotonic() - refused if refused else 0.0)
                 note = _keep(place, replace(note, state="waiting", why=why))
@@ -189,7 +189,9 @@ class _Child:
             self._reader.join(1.0)  # its own children may hold the pipe a little longer
         return self._note
 
+    @property
     def said(self) -> str:
+        """Before it was connected: afterwards a server's words are among its own, and are not taken for them."""
         return "\n".join(self._lines)
 
     def _read(self) -> None:
@@ -197,11 +199,13 @@ class _Child:
         if pipe is None:
             return
         for raw in pipe:
+            line = "".join(
+                c if c.isprintable() else " " for c in _COLOUR.sub("", raw.decode(errors="replace"))
+            ).rstrip()
             with suppress(OSError, ValueError):  # nobody may look any more
-                sys.stderr.buffer.write(raw)
-                sys.stderr.buffer.flush()
-            line = _COLOUR.sub("", raw.decode(errors="replace")).rstrip()
-            self._lines.append(line)
+                print(line, file=sys.stderr, flush=True)
+            if self._note.state != "connected":
+                self._lines.append(line)
             if LAST_WORDS in line:
                 end = threading.Timer(LINGER, self._process.kill)
                 end.daemon = True

@@ -27,10 +27,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from fedistill.config import Config
+from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError, unknown
 from fedistill.files import read_toml
+from fedistill.methods.registry import METHODS
 from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
 from fedistill.privacy.plan import delta_of, records_of
@@ -40,6 +41,7 @@ from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
 CODE = ("installed", "approved")
+_DEFAULTS = {f.name: f.default for f in fields(Config)}
 JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
 
 
@@ -269,12 +271,27 @@ def _allowed(name: str, value: Any) -> Range | Choice:
     if name not in JOB_KEYS:
         raise unknown("setting of a job", name, JOB_KEYS)
     if isinstance(value, dict) and set(value) == {"from", "to"} and all(_is_number(v) for v in value.values()):
+        _check_values(name, tuple(value.values()))
+        if value["from"] > value["to"]:
+            _wrong(f"[jobs] {name}: from={value['from']} is more than to={value['to']}.")
         return Range(value["from"], value["to"])
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        _check_values(name, value)
         return Choice(tuple(value))
     raise FedistillError(
         "site-config", f"[jobs] {name}={value!r} is neither a list of values nor {{ from = 1, to = 9 }}."
     )
+
+
+def _check_values(name: str, values: Sequence[Any]) -> None:
+    """Raise `FedistillError` where no job could have one of the values: it would be refused for ever, and nobody told why."""
+    for value in values:
+        if getattr(make_config({name: value}), name) != value or (
+            type(value) is str and not isinstance(_DEFAULTS[name], str)
+        ):
+            _wrong(f"[jobs] {name}={value!r} is not as a job writes it.")
+        if name == "method" and value != "auto" and value not in METHODS:
+            raise unknown("method", str(value), METHODS)
 
 
 def _is_number(value: Any) -> bool:

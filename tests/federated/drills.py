@@ -47,12 +47,12 @@ from fedistill.synthetic.store import load_set
 
 SITES = ("north", "south")
 JOB: dict[str, Any] = {
-    "sites": 2, "width": 8, "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 600, "syn_steps": 4,
+    "sites": 2, "width": 8, "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 400, "syn_steps": 4,
     "eval_nets": 1, "eval_steps": 5, "eval_models": "mlp", "method": "mtt", "skip_above": 1000.0, "modality": "generic",
     "slice_seconds": 3.0,
 }  # fmt: skip
 DATA = {"phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "partition": "iid"}
-LONGEST = 600.0  # seconds of a run
+LONGEST = 900.0  # seconds of a run
 STAYS_OUT = 70.0  # seconds after which Flower has forgotten a killed site
 CLOCK = """\
 import datetime
@@ -448,7 +448,7 @@ def key_twice(stage: Stage, name: str, seed: int) -> Result:
 
 def never_answers(stage: Stage, name: str, seed: int) -> Result:
     """A site that stops in the middle and does not come back: after `deadline` the run goes on without it"""
-    out = stage.begin(name, seed=seed, deadline=90.0, quorum=1)
+    out = stage.begin(name, seed=seed, deadline=240.0, quorum=1)
     stage.wait(out, stage.distils(out, "south"))
     harm = time.monotonic()
     stage.federation.kill("south")
