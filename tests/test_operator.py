@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,22 @@ def test_containers_show_the_proxy_and_nothing_else(server: Server) -> None:
     assert "secret" not in json.dumps(found["proxy"])
 
 
-def test_a_folder_with_a_strange_name_is_a_good_compose_file(tmp_path: Path) -> None:
-    folder = tmp_path / 'a "strange" $NAME'
-    begin_server(folder, "fed.example.org", 8123)
-    found = yaml.safe_load((folder / "compose.yaml").read_text())["services"]["server"]
-    assert found["command"][-1] == str(folder).replace("$", "$$")  # as Compose writes a dollar
+@pytest.mark.parametrize("name", ['a "strange" one', "$NAME", "two;words"])
+def test_a_folder_whose_name_means_something_else_to_other_programs_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FedistillError, match="choose a folder without it") as caught:
+        begin_server(tmp_path / name, "fed.example.org", 8123)
+    assert caught.value.code == "bad-path"
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("told", ['{"success": false, "error-message": "no such thing"}', "no JSON"])
+def test_what_flower_complains_of_in_its_answer_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """It ends as if nothing were wrong."""
+    begin_server(tmp_path / "fed", "fed.example.org", 8123)
+    done = subprocess.CompletedProcess(["flwr"], 0, told, "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(FedistillError, match="is the server running") as caught:
+        cli.app(["server", "sites", str(tmp_path / "fed")], standalone_mode=False)
+    assert ("no such thing" in caught.value.sentence) == ("no such thing" in told)

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from localgrid import LocalGrid, real_site, serve
 
 from client.app import app as client_app
 from fedistill import cli
 from fedistill.commands.audit import largest
 from fedistill.config import Config, make_config
+from fedistill.deploy import admitted_file
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json, write_json
@@ -309,3 +311,39 @@ def test_an_attack_is_in_the_summary_and_the_report(
     assert (summary["audit"]["site"], summary["audit"]["contradicts"], summary["audit"]["exact"]) == ("site-2", True, 0)
     for file in ("report.html", "results.md"):
         assert "The claim of epsilon=1 is contradicted: do not release." in (out / file).read_text()
+
+
+def test_a_site_cannot_answer_under_the_name_of_another(tmp_path: Path) -> None:
+    """Where `fedistill server run` wrote down under which name each key was admitted."""
+    out = tmp_path / "run"
+    write_json(admitted_file(out), {"100": "north", "101": "east"})
+    nodes = [real_site(name, tmp_path / name) for name in ("north", "south")]
+    run(out, nodes=nodes, sites=2, quorum=1, server_data="none")
+    assert load_set(out / "seed-0/merged").sites == ("north",)
+    assert "its key was admitted as 'east'" in " ".join(e.message for e in events(out, phase="describe"))
+
+
+def test_a_site_that_answers_at_once_and_never_is_ready_is_asked_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "MANY_QUICK", 3)
+    monkeypatch.setattr(collect, "QUICK", 0.5)
+    told = {
+        "phase": "distill",
+        "step": 1,
+        "total": 9,
+        "iterations": 1,
+        "skipped": 0,
+        "seconds": {},
+        "notes": [],
+        "curve": [],
+    }
+
+    def client(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train.distill" and context.node_id == 101:
+            return Message(RecordDict({"reply": ConfigRecord({"json": json.dumps(told)})}), reply_to=message)
+        return client_app(message, context)
+
+    grid = LocalGrid(client, NODES)
+    serve(grid, dataclasses.replace(TINY, out=str(tmp_path / "run"), deadline=4.0, quorum=1))
+    assert 4 <= grid.count("train.distill", 1) <= 3 + 4.0 / 0.5 + 2
