@@ -40,7 +40,7 @@ TITLES = METRICS | {
     "eval_model": "Global model",
 }
 NO_PRIVACY = "no privacy"
-LOGARITHMIC = 20  # positive values that span this factor get a logarithmic axis
+LOGARITHMIC = 10  # positive values that span this factor get a logarithmic axis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
         }
         there = [x for x in values if x in line.points]
         if there:
-            step = 0.6 / len(lines)
+            step = min(0.15, 0.6 / len(lines))
             places = there if numeric else [values.index(x) + (k - (len(lines) - 1) / 2) * step for x in there]
             found = [spread(line.points[x]) for x in there]
             means, widths = [f["mean"] for f in found], [f["std"] or 0.0 for f in found]
@@ -180,6 +180,7 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str]) -> bytes:
         "figures": figures,
         "names": names,
         "colours": len(PALETTE),
+        "logarithmic": LOGARITHMIC,
         "rows": [{name: row[name] for name in (*columns, "seed", *figures)} for row in usable(rows)],
     }
     failed = {row["cell"]: row for row in rows if row["status"] == "failed"}
@@ -188,7 +189,6 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str]) -> bytes:
         title=title,
         facts=Markup(json.dumps(facts).replace("<", "\\u003c")),  # no text of the data can end the script
         failed=[(", ".join(f"{key} {shown(row[key])}" for key in varied), row["reason"]) for row in failed.values()],
-        palette=PALETTE,
     )
     return text.encode()
 

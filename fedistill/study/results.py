@@ -22,7 +22,7 @@ from fedistill.bench.results import write_rows
 from fedistill.config import TYPES, Config
 from fedistill.errors import FedistillError
 from fedistill.files import read_json
-from fedistill.report.tables import METRICS
+from fedistill.report.tables import METRICS, arms_in_order
 from fedistill.study.plan import Cell, Study
 
 Row = dict[str, Any]  # the columns of the table; None where a figure is missing
@@ -75,7 +75,7 @@ def rows_of_run(config: Config, run: Path) -> list[Row]:
         }
         models = {architectures(config)[0]: one["arms"]} | one["cross_architecture"]
         for model, arms in models.items():
-            for name, arm in arms.items():
+            for name, arm in arms_in_order(arms):
                 figures = {metric: arm[metric]["mean"] for metric in METRICS if metric in arm}
                 work = {"images": _whole(arm["images"]), "upload_bytes": _whole(arm["upload_bytes"])}
                 work["seconds"] = arm["seconds"]
