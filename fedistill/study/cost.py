@@ -24,7 +24,11 @@ from fedistill.study.plan import Cell
 
 SECONDS_PER_IMAGE = 3e-4  # the unit, on a core of 2023
 SECONDS_PER_RUN = 20.0  # start and end of an engine
-MEMORY, MEMORY_PER_SITE = 1_100_000_000, 450_000_000  # bytes of a run, and of every site that works at the same time
+MEMORY, MEMORY_PER_SITE, MEMORY_PER_CORE = (
+    500_000_000,
+    500_000_000,
+    600_000_000,
+)  # bytes: a run, a site at work, a core of the server
 DISK_PER_SITE = 100_000  # bytes of reports and sets
 UNKNOWN_CLASSES, UNKNOWN_SITES, UNKNOWN_PIXELS = 5, 3, 28  # of data that only the run will load
 
@@ -102,7 +106,7 @@ def _estimate(c: Config, cores: int, trained: set[str], compared: set[str]) -> E
     work = experts + seeds * (distilling + evaluation + averaging)
     return Estimate(
         seconds=SECONDS_PER_RUN + SECONDS_PER_IMAGE * weight * work / at_once,
-        memory=MEMORY + MEMORY_PER_SITE * at_once,
+        memory=MEMORY + MEMORY_PER_SITE * at_once + MEMORY_PER_CORE * cores,
         disk=int(
             networks * parameters * (2 * steps // c.checkpoint_every + 8)
             + seeds * sites * (DISK_PER_SITE + 3 * 4 * images * size * size)
