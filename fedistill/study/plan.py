@@ -12,6 +12,7 @@ is one run of `fedistill simulate` with all that belongs to it: sites, rounds, m
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -152,6 +153,9 @@ def cells_of(study: Study) -> list[Cell]:
     the same.
     """
     cells: list[Cell] = []
+    number = len(study.arms) * math.prod(map(len, study.grid.values()))
+    if number > MOST_CELLS:
+        raise FedistillError("too-many", f"The study has {number} cells, more than {MOST_CELLS}: vary less at once.")
     for arm, own in study.arms.items():
         for values in itertools.product(*study.grid.values()):
             chosen = dict(zip(study.grid, values, strict=True))
@@ -159,8 +163,6 @@ def cells_of(study: Study) -> list[Cell]:
             if any(all(written[key] in several for key, several in one.items()) for one in study.skip):
                 continue
             cells.append(_cell(study, arm, {**study.settings, **own, **chosen}))
-            if len(cells) > MOST_CELLS:
-                raise FedistillError("too-many", f"The study has more than {MOST_CELLS} cells: vary less at once.")
     if not cells:
         raise FedistillError("no-cells", f"[[skip]] leaves no cell of the study {study.name}.")
     first: dict[str, Cell] = {}

@@ -181,7 +181,10 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str]) -> bytes:
         "names": names,
         "colours": len(PALETTE),
         "logarithmic": LOGARITHMIC,
-        "rows": [{name: row[name] for name in (*columns, "seed", *figures)} for row in usable(rows)],
+        "rows": [
+            {name: NO_PRIVACY if name == "epsilon" and row[name] == 0 else row[name] for name in (*columns, *figures)}
+            for row in usable(rows)
+        ],
     }
     failed = {row["cell"]: row for row in rows if row["status"] == "failed"}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,7 +1,8 @@
 """Run a study: the cells that are not finished, a few at a time, each in a process of its own; results after each of them.
 
 Two cells that share experts never run at the same time: the second finds what the first has trained. Simulations in one work folder
-are safe beside each other, but both would train what neither finds.
+are safe beside each other, but both would train what neither finds (as may happen to training on all real images, which cells
+of other experts share, too).
 """
 
 from __future__ import annotations
@@ -202,8 +203,10 @@ def _work(
                         child.below.update({pid: start_time(pid) for pid in process_tree(child.process.pid)})
                 for child in [c for c in running if c.process.poll() is not None]:
                     running.remove(child)
-                    ended.append(child.cell)
                     record = _ended(child, out)
+                    ended += [child.cell] * (
+                        record["status"] == "ok"
+                    )  # a failure says nothing of the time that others take
                     write_results(out, study, cells)
                     how = "done" if record["status"] == "ok" else f"failed: {record['reason']}"
                     how += f" in {duration(record['seconds'])}"

@@ -17,7 +17,7 @@ from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
 from fedistill.study.plan import Cell, Study, cells_of, read_study
 from fedistill.study.plots import axes_of, lines_of, page, write_plots
-from fedistill.study.results import Row, finished, read_results, record_path, write_results
+from fedistill.study.results import FIGURES, Row, finished, read_results, record_path, write_results
 from fedistill.study.run import forecast, refuse_foreign, run_study
 from fedistill.study.tables import cells_table, headline
 
@@ -153,6 +153,8 @@ def test_without_privacy_there_is_a_line_across(tmp_path: Path) -> None:
     axes = axes_of(rows, ["epsilon"], x="epsilon", y="auc", by="", where={})
     svg, _ = write_plots(rows, axes, "Privacy", tmp_path)
     assert "no privacy" in svg.read_text()
+    about = dict.fromkeys((*FIGURES, "reason", "cell")) | {"auc": 0.5}
+    assert '"epsilon": "no privacy"' in page("Privacy", [about | row for row in rows], ["epsilon"]).decode()
 
 
 def test_the_page_needs_nothing_else(ended) -> None:
