@@ -6,8 +6,8 @@ Columns, besides those that tell the cells apart (`Study.columns`: the keys of t
     seed, eval_model   empty where the cell failed       kind        multiclass, multilabel or ordinal
     accuracy ... mae   means over the networks of a seed; empty where a kind of task has no such figure
     images, upload_bytes   what the arm is made of, and what all sites send for it
-    release_epsilon, release_delta   what the union of the sets promises; empty without privacy
-    seconds         of training the global models        seconds_experts, seconds_distil   of all sites; experts may be shared
+    release_epsilon, release_delta   what the union of the sets promises; empty without privacy, and in the other arms
+    seconds         of training the global models        seconds_experts, seconds_distil   of all sites, for `distilled`
     cell_seconds    of the whole cell, all seeds         status, code, reason   how it ended
 """
 
@@ -65,9 +65,8 @@ def rows_of_run(config: Config, run: Path) -> list[Row]:
     for seed in range(config.seed, config.seed + config.seeds):
         one = summarise(config.with_seed(seed), run, [run / f"seed-{seed}"])
         privacy = one["privacy"] or {}
-        shared = {
-            "seed": seed,
-            "kind": one["data"]["kind"],
+        shared = {"seed": seed, "kind": one["data"]["kind"]}
+        of_set = {
             "release_epsilon": privacy.get("epsilon"),
             "release_delta": privacy.get("delta"),
             "seconds_experts": _sum(site["phases"].get("experts") for site in one["sites"]),
@@ -78,7 +77,7 @@ def rows_of_run(config: Config, run: Path) -> list[Row]:
             for name, arm in arms_in_order(arms):
                 figures = {metric: arm[metric]["mean"] for metric in METRICS if metric in arm}
                 work = {"images": _whole(arm["images"]), "upload_bytes": _whole(arm["upload_bytes"])}
-                work["seconds"] = arm["seconds"]
+                work |= {"seconds": arm["seconds"]} | (of_set if name == "distilled" else {})
                 rows.append(shared | {"eval_model": model, "trained_on": name} | figures | work)
     return rows
 
