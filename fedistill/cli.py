@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedistill import __version__
-from fedistill.commands import ledger, release, server, site
+from fedistill.commands import ledger, release, server, site, study
 from fedistill.commands.audit import SHADOWS, attack, audit, largest, show
 from fedistill.commands.shared import (
     KEYS,
@@ -57,6 +57,7 @@ app.add_typer(ledger.app, name="ledger")
 app.add_typer(release.app, name="release")
 app.add_typer(site.app, name="site")
 app.add_typer(server.app, name="server")
+app.add_typer(study.app, name="study")
 SHOWN_FAILURES = 10
 
 

@@ -21,11 +21,13 @@ def test_the_wheel_adds_fedistill_and_nothing_else(tmp_path: Path) -> None:
         "server/app.py",
         "simulations/engine.py",
         "simulations/bench.py",
+        "simulations/studies/privacy-accuracy.toml",
         "simulations/suites/medical/suite.toml",
         "simulations/suites/medical/data/wbc_sites.toml",
         "simulations/suites/medical/methods/mtt.toml",
     ):
         assert f"fedistill/_app/{inside}" in names
     assert "fedistill/report/page.html.j2" in names
+    assert "fedistill/study/page.html.j2" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.endswith((".npz", ".png", ".safetensors")) for name in names)

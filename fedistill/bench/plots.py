@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedistill.bench.results import Row
 from fedistill.bench.suite import WHOLE
@@ -32,7 +33,6 @@ def write_plots(rows: Sequence[Row], out: Path) -> list[Path]:
 
 def _plot(rows: Sequence[Row], cost: str) -> bytes:
     # matplotlib takes a second to import; without pyplot, no window system is touched
-    import matplotlib
     from matplotlib.figure import Figure
 
     sets = sorted({row["data"] for row in rows})
@@ -76,10 +76,16 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(f"balanced accuracy ({models_of(rows)[0]})")
     figure.legend(list(lines.values()), list(lines), loc="outside right center", frameon=False, fontsize="small")
+    return vector(figure, "svg")
+
+
+def vector(figure: Any, format: str) -> bytes:
+    """A figure as "svg" or "pdf": the same figure gives the same bytes, and text stays text."""
+    import matplotlib
+
     buffer = io.BytesIO()
-    # the same rows give the same file
-    with matplotlib.rc_context({"svg.hashsalt": "fedistill", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "fedistill", "svg.fonttype": "none", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=format, metadata={"Date" if format == "svg" else "CreationDate": None})
     return buffer.getvalue()
 
 

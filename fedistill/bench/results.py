@@ -87,11 +87,11 @@ def rows_of(record: Record, cell: Cell) -> list[Row]:
     ]
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
+def write_rows(path: Path, rows: Iterable[Row], columns: Sequence[str] = COLUMNS) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
-    table.writerows({name: _cell(row[name]) for name in COLUMNS} for row in rows)
+    table.writerows({name: _cell(row[name]) for name in columns} for row in rows)
     write_bytes(path, text.getvalue().encode())
 
 

@@ -88,7 +88,7 @@ def score_table(rows: Sequence[Row], metric: str) -> str:
     body = _body(rows, methods_of(rows), pick, max, score)
     seeds = len({row["seed"] for row in rows})
     body.append([f"*{WHOLE}*", *(_shown(pick(place, WHOLE), seeds, score) for place in places_of(rows))])
-    return _table(["method", *map(_place, places_of(rows))], body)
+    return markdown_table(["method", *map(_place, places_of(rows))], body)
 
 
 def difference_table(
@@ -103,7 +103,7 @@ def difference_table(
     def pick(place: tuple[str, int], method: str) -> Figures:
         return difference(rows, place, method, metric)
 
-    return _table(["method", *map(_place, places_of(rows))], _body(rows, methods_of(rows), pick, best, signed))
+    return markdown_table(["method", *map(_place, places_of(rows))], _body(rows, methods_of(rows), pick, best, signed))
 
 
 def _recovery(rows: Sequence[Row], place: tuple[str, int], method: str, metric: str) -> Figures:
@@ -128,7 +128,7 @@ def paired_table(rows: Sequence[Row], metric: str) -> str:
         cells = [_paired(paired_differences(rows, one, other, ipc, metric)) for ipc in ipcs]
         if any(cell != NOTHING for cell in cells):
             body.append([f"{one} − {other}", *cells])
-    return _table(["pair", *(f"IPC {ipc}" for ipc in ipcs)], body) if body else "There are none yet."
+    return markdown_table(["pair", *(f"IPC {ipc}" for ipc in ipcs)], body) if body else "There are none yet."
 
 
 def paired_differences(rows: Sequence[Row], one: str, other: str, ipc: int, metric: str) -> list[float]:
@@ -208,9 +208,10 @@ def _failures(rows: Sequence[Row]) -> str:
     )
     if not failed:
         return "None."
-    return _table(["data", "method", "IPC", "seed", "reason"], [[str(x) for x in line] for line in failed])
+    return markdown_table(["data", "method", "IPC", "seed", "reason"], [[str(x) for x in line] for line in failed])
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A GitHub table, all columns but the first to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -82,15 +82,15 @@ def configured(settings: list[str] | None, given: dict[str, Any], *, out: str = 
     return config if config.out or not out else replace(config, out=out)
 
 
-def pairs(settings: list[str] | None) -> dict[str, str]:
-    """What `--set key=value` says; a key that is given twice is an error."""
+def pairs(settings: list[str] | None, option: str = "--set") -> dict[str, str]:
+    """What `--set key=value` says, or another `option` of that form; a key that is given twice is an error."""
     values: dict[str, str] = {}
     for pair in settings or []:
         key, found, value = pair.partition("=")
         key = key.strip().replace("-", "_")
         if not found:
-            raise FedistillError("bad-set-option", f"--set {pair} has no '=': write --set key=value.")
+            raise FedistillError("bad-set-option", f"{option} {pair} has no '=': write {option} key=value.")
         if key in values:
-            raise FedistillError("given-twice", f"--set {key} is given twice: keep one.")
+            raise FedistillError("given-twice", f"{option} {key} is given twice: keep one.")
         values[key] = value
     return values

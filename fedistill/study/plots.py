@@ -1,0 +1,221 @@
+"""Figures of a study: one figure over one setting, a line per value of the others, as SVG and PDF; and the interactive page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from fedistill.bench.plots import DASHES, MARKERS, vector
+from fedistill.errors import FedistillError, unknown
+from fedistill.files import write_bytes
+from fedistill.report.curves import PALETTE
+from fedistill.report.tables import METRICS, arm_name
+from fedistill.study.plan import shown
+from fedistill.study.results import FIGURES, Row, usable
+from fedistill.study.tables import arms_of, models_of, spread
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
+TITLES = METRICS | {
+    "images": "Images trained on",
+    "upload_bytes": "Bytes sent by all sites",
+    "release_epsilon": "Epsilon of the release",
+    "release_delta": "Delta of the release",
+    "seconds": "Seconds of training global models",
+    "seconds_experts": "Seconds of experts, all sites",
+    "seconds_distil": "Seconds of distillation, all sites",
+    "cell_seconds": "Seconds of the whole cell",
+    "ipc": "Images per class and site",
+    "sites": "Sites",
+    "alpha": "Concentration of the partition",
+    "rounds": "Federated rounds",
+    "epsilon": "Privacy budget of a site (epsilon)",
+    "method": "Method",
+    "trained_on": "Trained on",
+    "eval_model": "Global model",
+}
+NO_PRIVACY = "no privacy"
+LOGARITHMIC = 10  # positive values that span this factor get a logarithmic axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One line of a plot: the figures of all seeds at each value of the axis."""
+
+    name: str
+    points: Mapping[Any, Sequence[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """What a plot shows. by: the columns whose values make the lines. where: what rows must have in other columns."""
+
+    x: str
+    y: str
+    by: tuple[str, ...]
+    where: Mapping[str, Any]
+
+
+def axes_of(rows: Sequence[Row], varied: Sequence[str], *, x: str, y: str, by: str, where: Mapping[str, Any]) -> Axes:
+    """The axes that are asked for. by: "" for all settings that are varied besides `x` and `where`.
+
+    Raises `FedistillError` on columns or values that the results do not have, and where a setting varies that none of the axes
+    shows: a mean over it would be of different things.
+    """
+    columns = [*varied, "trained_on", "eval_model"]
+    for column in (x, *([by] if by else []), *where):
+        if column not in columns:
+            raise unknown("column of the study", column, columns)
+    if y not in FIGURES:
+        raise unknown("figure", y, FIGURES)
+    if by == x:
+        raise FedistillError("bad-value", f"--x {x} and --by {by} are the same: choose two.")
+    said: dict[str, Any] = {}
+    for column, text in where.items():
+        found = {shown(row[column]): row[column] for row in usable(rows)}
+        if text not in found:
+            raise unknown(f"value of {column}", str(text), found)
+        said[column] = found[text]
+    shown_by = (by,) if by else tuple(key for key in varied if key != x and key not in said)
+    for column, values in (("trained_on", arms_of(rows)), ("eval_model", models_of(rows))):
+        if column not in (x, *shown_by, *said) and values:
+            said[column] = values[0]
+    left = [key for key in varied if key not in (x, *shown_by, *said)]
+    if left:
+        raise FedistillError("ambiguous", f"{left[0]} varies, too: choose one value with --where {left[0]}=VALUE.")
+    return Axes(x=x, y=y, by=shown_by, where=said)
+
+
+def lines_of(rows: Sequence[Row], axes: Axes) -> list[Line]:
+    """The lines of a plot in the order of the results."""
+    found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
+    for row in usable(rows):
+        if row[axes.y] is None or any(row[key] != value for key, value in axes.where.items()):
+            continue
+        points = found.setdefault(tuple(row[key] for key in axes.by), {})
+        points.setdefault(row[axes.x], []).append(row[axes.y])
+    return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
+
+
+def write_plots(rows: Sequence[Row], axes: Axes, title: str, folder: Path) -> list[Path]:
+    """The plot in `folder` as SVG and as PDF. Raises `FedistillError` where there is nothing to draw."""
+    lines = lines_of(rows, axes)
+    if not lines:
+        raise FedistillError("no-results", f"No finished cell has a figure {axes.y} there.")
+    name = "-".join([axes.y, "over", axes.x, *(["by", *axes.by] if axes.by else [])])
+    name += "".join(f"-{shown(v)}" for k, v in axes.where.items() if k not in ("trained_on", "eval_model"))
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    figure = draw(lines, axes, title)
+    paths = [folder / f"{name}.{format}" for format in ("svg", "pdf")]
+    for path in paths:
+        write_bytes(path, vector(figure, path.suffix[1:]))
+    return paths
+
+
+def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
+    """The plot as a matplotlib figure: colour, marker and dash of every line differ, so that it can be read without colour."""
+    from matplotlib.figure import Figure  # takes a second to import; without pyplot, no window system is touched
+
+    figure = Figure(figsize=(5.6 if axes.by else 4.2, 3.1), layout="constrained")
+    panel = figure.subplots()
+    values = list(dict.fromkeys(x for line in lines for x in line.points if not _open(axes, x)))
+    numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
+    if numeric:
+        values.sort()
+    drawn: dict[str, Any] = {}
+    for k, line in enumerate(lines):
+        style: dict[str, Any] = {
+            "color": PALETTE[k % len(PALETTE)],
+            "marker": MARKERS[k % len(MARKERS)],
+            "linestyle": DASHES[(k + k // len(PALETTE)) % len(DASHES)],
+            "markersize": 4.5,
+            "linewidth": 1.3,
+        }
+        there = [x for x in values if x in line.points]
+        if there:
+            step = min(0.15, 0.6 / len(lines))
+            places = there if numeric else [values.index(x) + (k - (len(lines) - 1) / 2) * step for x in there]
+            found = [spread(line.points[x]) for x in there]
+            means, widths = [f["mean"] for f in found], [f["std"] or 0.0 for f in found]
+            if numeric:
+                (drawn[line.name],) = panel.plot(places, means, **style)
+                low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
+                panel.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            else:
+                style["linestyle"] = "none"
+                drawn[line.name] = panel.errorbar(places, means, yerr=widths, capsize=2.5, **style)
+        for x in line.points:
+            if _open(axes, x):
+                mean = spread(line.points[x])
+                whole = {key: style[key] for key in ("color", "linewidth")}
+                name = ", ".join(filter(None, [line.name, NO_PRIVACY]))
+                drawn[name] = panel.axhline(mean["mean"], linestyle=(0, (6, 3, 1, 3)), **whole)
+                width = mean["std"] or 0.0
+                panel.axhspan(mean["mean"] - width, mean["mean"] + width, color=style["color"], alpha=0.1, linewidth=0)
+    if numeric and values and values[0] > 0 and values[-1] / values[0] >= LOGARITHMIC:
+        panel.set_xscale("log")
+    panel.set_xticks(values if numeric else range(len(values)), [shown(x) for x in values], minor=False)
+    panel.set_xticks([], minor=True)
+    panel.set_xlabel(TITLES.get(axes.x, axes.x))
+    panel.set_ylabel(_measured(axes))
+    panel.set_title(title, fontsize="medium")
+    panel.grid(alpha=0.25)
+    if len(drawn) > 1 or axes.by:
+        figure.legend(list(drawn.values()), list(drawn), loc="outside right center", frameon=False, fontsize="small")
+    return figure
+
+
+def page(title: str, rows: Sequence[Row], varied: Sequence[str]) -> bytes:
+    """One page that needs nothing else: a plot whose axes can be chosen, and a table that can be sorted."""
+    columns = [*varied, "trained_on", "eval_model"]
+    figures = [name for name in FIGURES if any(row[name] is not None for row in usable(rows))]
+    names = {column: TITLES.get(column, column) for column in (*columns, *figures)}
+    facts = {
+        "columns": columns,
+        "figures": figures,
+        "names": names,
+        "colours": len(PALETTE),
+        "logarithmic": LOGARITHMIC,
+        "rows": [
+            {name: NO_PRIVACY if name == "epsilon" and row[name] == 0 else row[name] for name in (*columns, *figures)}
+            for row in usable(rows)
+        ],
+    }
+    failed = {row["cell"]: row for row in rows if row["status"] == "failed"}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        facts=Markup(json.dumps(facts).replace("<", "\\u003c")),  # no text of the data can end the script
+        failed=[(", ".join(f"{key} {shown(row[key])}" for key in varied), row["reason"]) for row in failed.values()],
+    )
+    return text.encode()
+
+
+def _name(by: Sequence[str], values: Sequence[Any]) -> str:
+    words = []
+    for key, value in zip(by, values, strict=True):
+        if key == "trained_on":
+            words.append(arm_name(value))
+        else:
+            words.append(shown(value) if isinstance(value, str) else f"{key} {shown(value)}")
+    return ", ".join(words)
+
+
+def _open(axes: Axes, x: Any) -> bool:
+    """Whether a value of the axis is that of runs without privacy, which have no epsilon: a line across."""
+    return axes.x == "epsilon" and x == 0
+
+
+def _measured(axes: Axes) -> str:
+    """What the vertical axis shows, and of which model."""
+    title = TITLES.get(axes.y, axes.y)
+    if axes.y not in METRICS:
+        return title
+    about = [arm_name(axes.where["trained_on"])] if "trained_on" in axes.where else []
+    about += [axes.where["eval_model"]] if "eval_model" in axes.where else []
+    return title + (f"\n({', '.join(about)})" if about else "")

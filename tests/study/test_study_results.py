@@ -1,0 +1,183 @@
+"""Records, the tidy table, what is shown of it, plots and the page, without a run."""
+
+from __future__ import annotations
+
+import csv
+import re
+import xml.etree.ElementTree as ElementTree
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tinystudy import write_study
+
+from fedistill.errors import FedistillError
+from fedistill.files import read_json, write_json
+from fedistill.study.plan import Cell, Study, cells_of, read_study
+from fedistill.study.plots import axes_of, lines_of, page, write_plots
+from fedistill.study.results import FIGURES, Row, finished, read_results, record_path, write_results
+from fedistill.study.run import forecast, refuse_foreign, run_study
+from fedistill.study.tables import cells_table, headline
+
+TEXT = "seeds = 2\n[grid]\nmethod = ['cf', 'mtt']\nipc = [1, 10]"
+
+
+@pytest.fixture
+def ended(tmp_path: Path) -> tuple[Study, list[Cell], Path]:
+    """A study with three finished cells and one that failed."""
+    study, out = read_study(write_study(tmp_path, TEXT)), tmp_path / "out"
+    cells = cells_of(study)
+    for k, cell in enumerate(cells):
+        write_json(record_path(out, cell.key), failed(cell) if k == 3 else done(cell, 0.5 + 0.1 * k))
+    return study, cells, out
+
+
+def done(cell: Cell, score: float) -> dict[str, Any]:
+    rows = [
+        {
+            "seed": seed, "eval_model": model, "trained_on": arm, "kind": "multiclass", "images": 8, "upload_bytes": 12345678,
+            "balanced_accuracy": score + 0.02 * seed - (arm == "random_real") * 0.1, "auc": None, "seconds": 1.5,
+        }
+        for seed in cell.seeds for model in ("convnet", "mlp") for arm in ("distilled", "random_real")
+    ]  # fmt: skip
+    about = {"status": "ok", "code": "", "reason": "", "seconds": 100.0, "peak_memory_bytes": 3_000_000_000}
+    return {"key": cell.key, "seeds": cell.seeds, "rows": rows} | about
+
+
+def failed(cell: Cell) -> dict[str, Any]:
+    reason = "An expert diverged </script>."
+    about = {"status": "failed", "code": "expert-diverged", "reason": reason, "seconds": 3.0}
+    return {"key": cell.key, "seeds": cell.seeds, "rows": []} | about
+
+
+def rows_in(ended: tuple[Study, list[Cell], Path]) -> list[Row]:
+    study, cells, out = ended
+    write_results(out, study, cells)
+    return read_results(out / "results.csv")
+
+
+def test_results_are_one_tidy_table(ended) -> None:
+    rows = rows_in(ended)
+    assert len(rows) == 3 * 2 * 2 * 2 + 1
+    assert {(row["method"], row["ipc"]) for row in rows} == {(m, i) for m in ("cf", "mtt") for i in (1, 10)}
+    first, last = rows[0], rows[-1]
+    assert (first["seed"], first["upload_bytes"], first["auc"], first["status"]) == (0, 12345678, None, "ok")
+    assert (last["seed"], last["balanced_accuracy"], last["code"]) == (None, None, "expert-diverged")
+    with open(ended[2] / "results.csv", newline="") as file:
+        assert all(None not in row and None not in row.values() for row in csv.DictReader(file))
+
+
+def test_a_record_of_other_seeds_is_not_finished(ended, tmp_path: Path) -> None:
+    _, cells, out = ended
+    assert [finished(out, cell) for cell in cells] == [True, True, True, False]
+    more = cells_of(read_study(write_study(tmp_path, TEXT.replace("2", "3", 1))))
+    assert [cell.key for cell in more] == [cell.key for cell in cells]
+    assert not any(finished(out, cell) for cell in more)
+
+
+def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match="run the study first"):
+        read_results(tmp_path / "results.csv")
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(FedistillError, match="is no table of a study: it lacks cell"):
+        read_results(tmp_path / "results.csv")
+
+
+def test_the_table_has_a_row_per_cell(ended) -> None:
+    rows = rows_in(ended)
+    assert headline(rows) == "balanced_accuracy"
+    head, body = cells_table(rows, ended[0].varied, "balanced_accuracy", "mlp")
+    assert head == ["method", "ipc", "Distilled union", "Random real images", "Upload", "n"]
+    assert body[0] == ["cf", "1", ".510 ± .014", ".410 ± .014", "12.3 MB", "2"]
+    assert body[3] == ["mtt", "10", "failed", "failed", "–", "0"]
+    assert cells_table(rows, [], "balanced_accuracy", "mlp")[0][0] == "cell"
+
+
+def test_finished_cells_correct_the_forecast(ended) -> None:
+    _, cells, out = ended
+    seen = forecast(cells, out, jobs=1)
+    assert [one.state for one in seen.cells] == ["finished"] * 3 + ["failed"]
+    assert (seen.cells[0].seconds, seen.cells[0].memory, seen.measured) == (100.0, 3_000_000_000, 3)
+    blank = forecast(cells, out / "other", jobs=1)
+    measured = sum(one.seconds for one in blank.cells[:3])
+    assert seen.seconds == pytest.approx(blank.cells[3].seconds * 300 / measured)
+    assert blank.memory < forecast(cells, out / "other", jobs=2).memory
+
+
+def test_a_line_for_each_of_the_other_settings(ended) -> None:
+    rows, study = rows_in(ended), ended[0]
+    axes = axes_of(rows, study.varied, x="ipc", y="balanced_accuracy", by="", where={})
+    lines = lines_of(rows, axes)
+    assert [(line.name, list(line.points)) for line in lines] == [("cf", [1, 10]), ("mtt", [1])]
+    assert lines[0].points[1] == [0.5, 0.52]  # distilled, with the first model
+    axes = axes_of(rows, study.varied, x="method", y="balanced_accuracy", by="trained_on", where={"ipc": "1"})
+    assert [line.name for line in lines_of(rows, axes)] == ["Distilled union", "Random real images"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"x": "icp"}, "Unknown column of the study 'icp': did you mean 'ipc'"),
+        ({"y": "balanced"}, "Unknown figure 'balanced': did you mean 'balanced_accuracy'"),
+        ({"by": "ipc"}, "--x ipc and --by ipc are the same"),
+        ({"by": "trained_on"}, "method varies, too: choose one value with --where method=VALUE"),
+        ({"where": {"method": "dm"}}, "Unknown value of method 'dm'"),
+    ],
+)
+def test_axes_that_cannot_be(ended, asked: dict[str, Any], sentence: str) -> None:
+    choice: dict[str, Any] = {"x": "ipc", "y": "balanced_accuracy", "by": "", "where": {}} | asked
+    with pytest.raises(FedistillError, match=sentence):
+        axes_of(rows_in(ended), ended[0].varied, **choice)
+
+
+def test_plots_are_vectors_and_the_same_each_time(ended, tmp_path: Path) -> None:
+    rows, study = rows_in(ended), ended[0]
+    for x, by, where in (("ipc", "", {}), ("method", "ipc", {}), ("trained_on", "ipc", {"method": "cf"})):
+        axes = axes_of(rows, study.varied, x=x, y="balanced_accuracy", by=by, where=where)
+        svg, pdf = write_plots(rows, axes, "Tiny", tmp_path)
+        assert ElementTree.fromstring(svg.read_text()).tag.endswith("svg")
+        assert pdf.read_bytes().startswith(b"%PDF-")
+        before = svg.read_bytes(), pdf.read_bytes()
+        write_plots(rows, axes, "Tiny", tmp_path)
+        assert (svg.read_bytes(), pdf.read_bytes()) == before
+    axes = axes_of(rows, study.varied, x="ipc", y="auc", by="", where={})
+    with pytest.raises(FedistillError, match="No finished cell has a figure auc"):
+        write_plots(rows, axes, "Tiny", tmp_path)
+
+
+def test_without_privacy_there_is_a_line_across(tmp_path: Path) -> None:
+    base = {"status": "ok", "kind": "multiclass", "eval_model": "mlp", "trained_on": "distilled"}
+    rows = [base | {"epsilon": e, "seed": s, "auc": 0.7 + s / 9 - e / 90} for e in (0.0, 1.0, 10.0) for s in (0, 1)]
+    axes = axes_of(rows, ["epsilon"], x="epsilon", y="auc", by="", where={})
+    svg, _ = write_plots(rows, axes, "Privacy", tmp_path)
+    assert "no privacy" in svg.read_text()
+    about = dict.fromkeys((*FIGURES, "reason", "cell")) | {"auc": 0.5}
+    assert '"epsilon": "no privacy"' in page("Privacy", [about | row for row in rows], ["epsilon"]).decode()
+
+
+def test_the_page_needs_nothing_else(ended) -> None:
+    rows, study = rows_in(ended), ended[0]
+    text = page("Tiny <b>", rows, study.varied).decode()
+    assert not re.search(r"https?:|src=|href=|@import|url\(", text)
+    assert "<h1>Tiny &lt;b&gt;</h1>" in text
+    assert "An expert diverged &lt;/script&gt;" in text
+    assert text.count("</script>") == 2
+    assert "prefers-color-scheme: dark" in text
+    assert text.count("<label>") == 3
+
+
+def test_foreign_folders_are_refused_and_kept(tmp_path: Path) -> None:
+    study = read_study(write_study(tmp_path, TEXT))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(FedistillError, match="neither empty nor that of a study"):
+        run_study(study, cells_of(study), tmp_path / "out", Console(file=StringIO()))
+    with pytest.raises(FedistillError, match="is a file"):
+        refuse_foreign(tmp_path / "out" / "thesis.txt", study)
+    write_json(tmp_path / "other" / "study.json", {"study": "other"})
+    with pytest.raises(FedistillError, match="holds the study other"):
+        refuse_foreign(tmp_path / "other", study)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "irreplaceable"
+    assert read_json(tmp_path / "other" / "study.json") == {"study": "other"}
