@@ -2,6 +2,7 @@
 
     FOLDER/server.toml       the address that sites use, and the port behind it
     FOLDER/pki/              ca.crt, server.crt and their keys (`fedistill.certificates`); superexec.secret
+    FOLDER/sites/            under which name each node was admitted
     FOLDER/kits/north.zip    what a site gets: the authority's certificate, the address, its name. No secret.
     FOLDER/nginx.conf        passes to the sites what they need, and nothing else
     FOLDER/compose.yaml      the server and that proxy as containers
@@ -301,8 +302,18 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
 
 
+def note_site(server: Server, node: str, name: str) -> None:
+    """Keep the name under which the operator admitted a node's key: Flower keeps it to itself. A file each: no two admissions meet."""
+    write_bytes(server.folder / "sites" / node, name.encode())
+
+
+def admitted_sites(server: Server) -> dict[str, str]:
+    """Names by the nodes' numbers."""
+    return {file.name: file.read_text() for file in (server.folder / "sites").glob("[0-9]*")}
+
+
 def admitted_file(out: Path) -> Path:
-    """Beside a run's folder: the name under which the operator admitted each node's key, by the node's number."""
+    """Beside a run's folder: `admitted_sites` as it was when the run was started."""
     return out.with_name(f"{out.name}.admitted.json")
 
 

@@ -13,7 +13,7 @@ import yaml
 from fedistill import cli
 from fedistill.commands import server as commands
 from fedistill.config import make_config
-from fedistill.deploy import Server, begin_server
+from fedistill.deploy import Server, admitted_file, begin_server
 from fedistill.errors import FedistillError
 from fedistill.files import write_json
 
@@ -36,20 +36,24 @@ class Flower:
         self.asked: list[tuple[str, ...]] = []
         self.runs: dict[str, str] = {}
 
-    def __call__(self, server: Server, *words: str) -> str:
+    def __call__(self, server: Server, *words: str) -> dict[str, Any]:
         self.asked.append(words)
         if words[0] == "run":
             self.runs[str(len(self.runs) + 100)] = "running"
-            return json.dumps({"success": True, "run-id": max(self.runs)})
+            return {"success": True, "run-id": max(self.runs)}
         if words[0] == "stop":
             self.runs[words[1]] = "finished:stopped"
-        return json.dumps({"runs": [{"run-id": name, "status": status} for name, status in self.runs.items()]})
+        if words[:2] == ("supernode", "register"):
+            return {"success": True, "node-id": 7001}
+        if words[:2] == ("supernode", "list"):
+            return {"success": True, "nodes": [{"node-id": "7001", "status": "online"}]}
+        return {"runs": [{"run-id": name, "status": status} for name, status in self.runs.items()]}
 
 
 @pytest.fixture
 def flower(monkeypatch: pytest.MonkeyPatch) -> Flower:
     found = Flower()
-    monkeypatch.setattr(commands, "_flower", found)
+    monkeypatch.setattr(commands, "_answer", found)
     return found
 
 
@@ -161,3 +165,18 @@ def test_what_flower_complains_of_in_its_answer_is_heard(
     with pytest.raises(FedistillError, match="is the server running") as caught:
         cli.app(["server", "sites", str(tmp_path / "fed")], standalone_mode=False)
     assert ("no such thing" in caught.value.sentence) == ("no such thing" in told)
+
+
+def test_a_run_knows_under_which_name_each_key_was_admitted(
+    server: Server, flower: Flower, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flower does not tell the name that it is given."""
+    (tmp_path / "north.key.pub").write_text("ecdsa-sha2-nistp384 AAAA")
+    say("server", "admit", server.folder, "north", tmp_path / "north.key.pub")
+    capsys.readouterr()
+    say("server", "sites", server.folder, "--json")
+    assert json.loads(capsys.readouterr().out)["nodes"] == [{"name": "north", "node-id": "7001", "status": "online"}]
+    job = tmp_path / "named.toml"
+    job.write_text(JOB)
+    say("server", "run", server.folder, job)
+    assert json.loads(admitted_file(server.folder / "runs" / "named").read_text()) == {"7001": "north"}

@@ -138,27 +138,31 @@ def admit(
     key: Annotated[str, typer.Argument(metavar="KEY.PUB", help="The public key that the site made.")],
 ) -> None:
     """Let a site in whose public key arrived. The server has to be running."""
-    from fedistill.deploy import HERE, read_server
+    from fedistill.deploy import HERE, note_site, read_server
 
     public = Path(key).absolute()
     if not public.is_file() or public.stat().st_size > 10_000 or b"PRIVATE" in public.read_bytes():
         raise FedistillError("bad-key", f"{key} is no public key: the file that the site sends ends in .pub.")
-    _flower(read_server(Path(folder)), "supernode", "register", str(public), HERE, "--name", name)
+    server = read_server(Path(folder))
+    told = _answer(server, "supernode", "register", str(public), HERE, "--name", name)
+    note_site(server, str(told["node-id"]), name)
     say(f"{name} is admitted.")
 
 
 @app.command()
 def sites(folder: Folder, as_json: AsJson = False) -> None:
     """List the sites that were admitted, and which are connected."""
-    from fedistill.deploy import read_server
+    from fedistill.deploy import HERE, admitted_sites, read_server
 
-    told = _nodes(read_server(Path(folder)))
+    server = read_server(Path(folder))
+    names, told = admitted_sites(server), _answer(server, "supernode", "list", HERE)
+    nodes = [{"name": names.get(str(node["node-id"]), ""), **node} for node in told["nodes"]]
     if as_json:
-        print(json.dumps(told, indent=1))
+        print(json.dumps({"nodes": nodes}, indent=1))
         return
     table = Table("name", "node", "status", box=None)
-    for node in told.get("nodes", []):
-        table.add_row(str(node.get("name", "")), str(node.get("node-id", "")), str(node.get("status", "")))
+    for node in nodes:
+        table.add_row(node["name"], str(node["node-id"]), str(node["status"]))
     Console(markup=False, highlight=False).print(table)
 
 
@@ -172,7 +176,7 @@ def run(
 ) -> None:
     """Start a job, or go on with one. It runs on the server; `server status` says how far it is."""
     from fedistill.config import make_config
-    from fedistill.deploy import HERE, admitted_file, read_server, run_words
+    from fedistill.deploy import HERE, admitted_file, admitted_sites, read_server, run_words
     from fedistill.events import claim_folder
     from fedistill.files import read_toml, write_json
     from fedistill.privacy.rules import check_private
@@ -192,9 +196,8 @@ def run(
         raise FedistillError(
             "at-work", f"{name} is at work: `fedistill server status {folder} {name}` says how far it is."
         )
-    admitted = {str(node["node-id"]): str(node.get("name", "")) for node in _nodes(server).get("nodes", [])}
-    write_json(admitted_file(Path(config.out)), admitted)
-    told = json.loads(_flower(server, "run", str(app_folder()), HERE, "-c", run_words(settings), "--format", "json"))
+    write_json(admitted_file(Path(config.out)), admitted_sites(server))
+    told = _answer(server, "run", str(app_folder()), HERE, "-c", run_words(settings))
     write_json(_started(server, name), {"run": str(told["run-id"]), "cancelled": ""})
     say(f"Started: {config.out}")
 
@@ -216,7 +219,7 @@ def cancel(folder: Folder, name: Run) -> None:
             "not-at-work", f"{name} is not at work: `fedistill server status {folder} {name}` says why."
         )
     identity = read_json(_started(server, name))["run"]
-    _flower(server, "stop", identity, HERE)
+    _answer(server, "stop", identity, HERE)
     write_json(_started(server, name), {"run": identity, "cancelled": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     say(
         f"{name} is stopped. Sites end the slice that they are at, and keep what they made; the same `server run` goes on."
@@ -319,7 +322,7 @@ def _at_work(server: Server, name: str) -> bool:
     if not _started(server, name).exists():
         return False
     identity = read_json(_started(server, name))["run"]
-    runs = json.loads(_flower(server, "list", HERE, "--format", "json"))["runs"]
+    runs = _answer(server, "list", HERE)["runs"]
     return any(str(r["run-id"]) == identity and not str(r["status"]).startswith("finished") for r in runs)
 
 
@@ -331,33 +334,22 @@ def _run_folder(server: Server, name: str) -> Path:
     return server.folder / "runs" / name
 
 
-def _flower(server: Server, *words: str) -> str:
-    """What Flower's own command says. Raises `FedistillError`, with its last words, where it fails."""
+def _answer(server: Server, *words: str) -> dict[str, Any]:
+    """What Flower's own command answers. Raises `FedistillError`, with its complaint, where it fails."""
     from fedistill.deploy import environment
 
     env = environment(server.folder / "flower") | {"COLUMNS": "200"}
-    done = subprocess.run(["flwr", *words], env=env, capture_output=True, text=True, check=False)
-    why = _complaint(done.stdout) if "json" in words else ""
-    if done.returncode or why:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and "://" not in line]
-        why = plain(why or " ".join(lines[-2:]) or "it said nothing")
-        raise FedistillError("flower", f"flwr {words[0]} failed (is the server running?): {why}")
-    return done.stdout
-
-
-def _complaint(told: str) -> str:
-    """Of an answer in JSON, in which Flower says "success": false and ends as if nothing were wrong."""
+    command = ["flwr", *words, "--format", "json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     try:
-        found = json.loads(told)
+        found = json.loads(done.stdout[done.stdout.index("{") :])
     except ValueError:
-        return "its answer is not JSON"
-    return "" if isinstance(found, dict) and found.get("success", True) else str(found.get("error-message") or found)
-
-
-def _nodes(server: Server) -> dict[str, Any]:
-    from fedistill.deploy import HERE
-
-    return dict(json.loads(_flower(server, "supernode", "list", HERE, "--format", "json")))
+        found = {}
+    if done.returncode or found.get("success") is not True:  # it may complain and yet end as if nothing were wrong
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip() and "://" not in line]
+        why = plain(str(found.get("error-message") or " ".join(lines[-2:]) or "it said nothing"))
+        raise FedistillError("flower", f"flwr {words[0]} failed (is the server running?): {why}")
+    return dict(found)
 
 
 def _wait_for(server: Server, child: subprocess.Popen[bytes]) -> None:
