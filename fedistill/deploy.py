@@ -303,7 +303,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def note_site(server: Server, node: str, name: str) -> None:
-    """Keep the name under which the operator admitted a node's key: Flower keeps it to itself. A file each: no two admissions meet."""
+    """Keep under which name a node's key was admitted: Flower does not tell it. A file each, so that no two admissions meet."""
     write_bytes(server.folder / "sites" / node, name.encode())
 
 
