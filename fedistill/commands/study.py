@@ -14,7 +14,6 @@ from rich.table import Table
 
 from fedistill.commands.shared import AsJson, Data, Sets, pairs, say, screen
 from fedistill.errors import FedistillError, unknown
-from fedistill.files import read_json
 
 app = typer.Typer(help="Whole simulated federations over a grid.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -193,6 +192,7 @@ def _folder(out: str) -> Path:
 
 def _results(out: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What `study.json` and `results.csv` of a folder say."""
+    from fedistill.files import read_json
     from fedistill.study.results import read_results
 
     folder = _folder(out)
