@@ -37,7 +37,10 @@ services:
 
 
 def compose_of(*, folder: str, gate: str, certificate: str, key: str) -> str:
-    """The text of `compose.yaml`. The proxy is given the three files that it needs, and no other secret."""
+    """The text of `compose.yaml`. The proxy is given the three files that it needs, and no other secret.
+
+    folder: one that `deploy.check_path` lets pass, so that nothing in it means something to Compose.
+    """
     within = {
         "all": f"{folder}:{folder}",
         "config": f"{folder}/nginx.conf:/etc/nginx/conf.d/default.conf:ro",
@@ -45,6 +48,6 @@ def compose_of(*, folder: str, gate: str, certificate: str, key: str) -> str:
         "key": f"{key}:{key}:ro",
         "authority": f"{folder}/pki/ca.crt:{folder}/pki/ca.crt:ro",
     }
-    quoted = {name: json.dumps(text.replace("$", "$$")) for name, text in within.items()}
-    command = json.dumps(["fedistill", "server", "start", folder.replace("$", "$$")])
+    quoted = {name: json.dumps(text) for name, text in within.items()}
+    command = json.dumps(["fedistill", "server", "start", folder])
     return _COMPOSE.format(folder=folder, command=command, user=f"{os.getuid()}:{os.getgid()}", outside=gate, **quoted)

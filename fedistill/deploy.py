@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedistill.certificates import MOST_BYTES, Shown, keep_own, make_authority, outside
 from fedistill.compose import compose_of
 from fedistill.errors import FedistillError
-from fedistill.files import read_plain, write_bytes, write_once
+from fedistill.files import plain_members, read_plain, write_bytes, write_once
 from fedistill.simulation import app_folder
 from fedistill.wire import strict_json
 
@@ -219,10 +219,9 @@ def read_kit(path: Path) -> Kit:
     parts: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(read_plain(path, 4 * MOST_BYTES))) as archive:
-            for entry in archive.infolist():
+            for entry in plain_members(archive):
                 name = entry.filename.rpartition("/")[2]
-                plain = entry.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # others choose their memory
-                if name not in _KIT or name in parts or entry.file_size > MOST_BYTES or not plain:
+                if name not in _KIT or name in parts or entry.file_size > MOST_BYTES:
                     raise ValueError
                 with archive.open(entry) as file:
                     parts[name] = file.read(MOST_BYTES)

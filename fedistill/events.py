@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +106,15 @@ def claim_folder(folder: Path, config: Config) -> None:
     write_json(path, config.to_dict())
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raise `FedistillError` ("other-run") if `folder` is a file, or holds something that is not a run."""
+def refuse_foreign(
+    folder: Path, mark: str = "config.json", what: str = "a run", ours: Sequence[str] = ("log.txt", ".lock")
+) -> None:
+    """Raise `FedistillError` ("other-run") if `folder` is a file, or holds something else than `what`, which has a file `mark`.
+
+    ours: what may lie there before that file does.
+    """
     if folder.exists() and not folder.is_dir():
         raise FedistillError("other-run", f"{folder} is a file: choose another folder.")
-    begun = (folder / "config.json").exists() or not folder.exists()
-    if not begun and any(p.name not in ("log.txt", ".lock") for p in folder.iterdir()):
-        raise FedistillError("other-run", f"The folder {folder} is neither empty nor a run: choose another folder.")
+    begun = (folder / mark).exists() or not folder.exists()
+    if not begun and any(p.name not in ours for p in folder.iterdir()):
+        raise FedistillError("other-run", f"The folder {folder} is neither empty nor {what}: choose another folder.")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -83,6 +84,15 @@ def read_plain(path: Path, most: int) -> bytes:
         if not stat.S_ISREG(about.st_mode) or about.st_size > most:
             raise OSError(f"{path} is not a file of at most {most} bytes")
         return file.read(most)
+
+
+def plain_members(archive: ZipFile) -> list[ZipInfo]:
+    """What an archive that somebody else made holds. Raises `ValueError` where a member is neither stored nor deflated: with other
+    methods the archive chooses how much memory is taken."""
+    found = archive.infolist()
+    if any(member.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for member in found):
+        raise ValueError("an archive's member is neither stored nor deflated")
+    return found
 
 
 def read_toml(path: Path, code: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,15 +20,20 @@ STOP_SECONDS = 15.0
 
 def start_engine(app: Path, script: str, out: Path) -> subprocess.Popen[bytes]:
     """Run `simulations/<script> OUT PARENT` of `app` as a child process; what it says goes to `log.txt` in `out`."""
-    paths = [str(app), str(Path(fedistill.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    with open(out / "log.txt", "ab") as log:
+    return start_python([str(app / "simulations" / script), str(out), str(os.getpid())], out / "log.txt", str(app))
+
+
+def start_python(words: Sequence[str], log: Path, *paths: str) -> subprocess.Popen[bytes]:
+    """Run Python with `words` as a child process that finds this library, and `paths`; what it says is added to `log`."""
+    found = [*paths, str(Path(fedistill.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    with open(log, "ab") as file:
         return subprocess.Popen(
-            [sys.executable, str(app / "simulations" / script), str(out), str(os.getpid())],
+            [sys.executable, *words],
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C is for us; we stop the engine in good order
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in found if p), "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C is for us; we stop the child in good order
         )
 
 

@@ -281,10 +281,11 @@ def _person(federation: Federation, name: str) -> Iterator[None]:
 
 
 def write_npz(path: Path, data: Dataset) -> None:
-    """Two-dimensional grey images in a file as MedMNIST has it."""
+    """Images in a file as MedMNIST has it: channels last, grey ones without."""
     arrays: dict[str, Any] = {"class_names": np.array(data.class_names)}
     for part, split in data.splits.items():
-        arrays |= {f"{part}_images": split.images[:, 0].numpy(), f"{part}_labels": split.labels[:, None].numpy()}
+        images = split.images.movedim(1, -1).squeeze(-1)
+        arrays |= {f"{part}_images": images.numpy(), f"{part}_labels": split.labels[:, None].numpy()}
     np.savez(path, **arrays)
 
 

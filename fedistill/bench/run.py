@@ -22,6 +22,7 @@ from fedistill.bench.suite import WHOLE, Suite
 from fedistill.bench.tables import markdown
 from fedistill.config import make_config
 from fedistill.errors import FedistillError
+from fedistill.events import refuse_foreign
 from fedistill.files import read_json, write_bytes, write_json
 from fedistill.processes import alone, process_tree, start_engine, start_time, stop_engine, terminate_is_interrupt
 from fedistill.report.tables import duration
@@ -58,7 +59,7 @@ def bench(suite: Suite, choice: Choice, out: Path, console: Console, *, command:
     code 130; what is finished is in the results then, too.
     """
     cells, todo = plan(suite, choice, out)
-    _refuse_foreign(out)
+    refuse_foreign(out, "plan.json", "that of a benchmark", ours=(".lock",))
     with alone(out):
         if todo:
             _work(cells, todo, suite, choice, out, console, command)
@@ -175,13 +176,3 @@ def _described(state: Record) -> str:
         rate = (state["now"] - state["began"]) / state["cost_done"]
         left = [f"about {duration(rate * state['cost_left'])} left"]
     return ", ".join([*failed, *left, *(f"at work: {'; '.join(state['tasks'])}" for _ in state["tasks"][:1])])
-
-
-def _refuse_foreign(out: Path) -> None:
-    """Raise `FedistillError` ("other-run") if `out` is a file, or a folder with something else in it than a benchmark."""
-    if out.exists() and not out.is_dir():
-        raise FedistillError("other-run", f"{out} is a file: choose another folder.")
-    if out.exists() and not (out / "plan.json").exists() and any(p.name != ".lock" for p in out.iterdir()):
-        raise FedistillError(
-            "other-run", f"The folder {out} is neither empty nor that of a benchmark: choose another folder."
-        )

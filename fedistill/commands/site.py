@@ -281,7 +281,9 @@ def _about(code: Code) -> dict[str, Any]:
 
 def _short(name: str) -> str:
     """Enough of an id to tell it from others."""
-    return name[: 8 + 4 * name.startswith("app-")]
+    from fedistill.site.code import MARK
+
+    return name[: 8 + len(MARK) * name.startswith(MARK)]
 
 
 def _word(request: Code | Request) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fedistill.errors import FedistillError
-from fedistill.files import read_json, write_bytes, write_json
+from fedistill.files import plain_members, read_json, write_bytes, write_json
 from fedistill.simulation import app_folder
 from fedistill.site.folder import site_folder
 from fedistill.site.gate import DIGITS, MOST_WAITING, Decision, decided, now, read_log
@@ -82,12 +82,11 @@ def files_of(archive: bytes) -> dict[str, bytes]:
         if len(archive) > LARGEST:
             raise ValueError
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            entries = opened.infolist()
+            entries = plain_members(opened)
             names = [PurePosixPath(e.filename) for e in entries]
-            plain = all(e.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for e in entries)
             inside = all(not name.is_absolute() and ".." not in name.parts and name.parts for name in names)
             once = len({str(name).casefold() for name in names}) == len(entries)
-            if not (plain and inside and once) or sum(e.file_size for e in entries) > UNPACKED:
+            if not (inside and once) or sum(e.file_size for e in entries) > UNPACKED:
                 raise ValueError
             return {str(name): opened.read(e) for name, e in zip(names, entries, strict=True)}
     except Exception:  # archives are refused with a dozen kinds of errors, some of them undocumented

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from fedistill.errors import FedistillError
@@ -27,6 +26,7 @@ from fedistill.files import read_json, write_json
 from fedistill.processes import alone, start_time, terminate_is_interrupt
 from fedistill.site.connection import CLOCK_WRONG, MENDS, clock_sentence, reach
 from fedistill.site.folder import site_folder
+from fedistill.site.gate import now
 from fedistill.site.policy import Connection, Policy
 
 PAUSE = 10.0  # seconds before another try
@@ -213,7 +213,7 @@ class _Child:
             if CONNECTED.search(line):
                 self._note = _keep(self._place, replace(self._note, state="connected"))
             elif found := MESSAGE.search(line):
-                came = replace(self._note, message=found[1], message_time=_now(), answered=False)
+                came = replace(self._note, message=found[1], message_time=now(), answered=False)
                 self._note = _keep(self._place, came)
             elif SENT.search(line):
                 self._note = _keep(self._place, replace(self._note, answered=True))
@@ -235,11 +235,7 @@ def _end_orphan(left: Node | None) -> None:
 
 def _keep(place: Path, note: Node) -> Node:
     """Note what changed. That it cannot be noted is no reason to stop."""
-    note = replace(note, since=_now())
+    note = replace(note, since=now())
     with suppress(OSError):
         write_json(place, asdict(note))
     return note
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -41,7 +41,6 @@ from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
 CODE = ("installed", "approved")
-_DEFAULTS = {f.name: f.default for f in fields(Config)}
 JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
 
 
@@ -286,9 +285,7 @@ def _allowed(name: str, value: Any) -> Range | Choice:
 def _check_values(name: str, values: Sequence[Any]) -> None:
     """Raise `FedistillError` where no job could have one of the values: it would be refused for ever, and nobody told why."""
     for value in values:
-        if getattr(make_config({name: value}), name) != value or (
-            type(value) is str and not isinstance(_DEFAULTS[name], str)
-        ):
+        if getattr(make_config({name: value}), name) != value:  # as text that stands for a number
             _wrong(f"[jobs] {name}={value!r} is not as a job writes it.")
         if name == "method" and value != "auto" and value not in METHODS:
             raise unknown("method", str(value), METHODS)

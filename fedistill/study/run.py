@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-import fedistill
 from fedistill.errors import FedistillError
+from fedistill.events import refuse_foreign as refuse_foreign_folder
 from fedistill.files import read_json, write_json
-from fedistill.processes import alone, process_tree, start_time, stop_engine, terminate_is_interrupt
+from fedistill.processes import alone, process_tree, start_python, start_time, stop_engine, terminate_is_interrupt
 from fedistill.report.tables import duration
 from fedistill.study.cost import Estimate, disk_of, estimates
 from fedistill.study.plan import Cell, Study
@@ -155,17 +154,10 @@ def write_plan(study: Study, cells: Sequence[Cell], out: Path, *, workers: int) 
 
 def refuse_foreign(out: Path, study: Study) -> None:
     """Raise `FedistillError` ("other-run") if `out` is a file, or a folder with something else in it than this study."""
-    if out.exists() and not out.is_dir():
-        raise FedistillError("other-run", f"{out} is a file: choose another folder.")
     plan = out / "study.json"
-    if plan.exists():
-        before = read_json(plan)["study"]
-        if before != study.name:
-            raise FedistillError("other-run", f"The folder {out} holds the study {before}: choose another folder.")
-    elif out.exists() and any(p.name != ".lock" for p in out.iterdir()):
-        raise FedistillError(
-            "other-run", f"The folder {out} is neither empty nor that of a study: choose another folder."
-        )
+    refuse_foreign_folder(out, plan.name, "that of a study", ours=(".lock",))
+    if plan.exists() and (before := read_json(plan)["study"]) != study.name:
+        raise FedistillError("other-run", f"The folder {out} holds the study {before}: choose another folder.")
 
 
 def check_data(todo: Sequence[Cell]) -> None:
@@ -232,16 +224,8 @@ def _start(cell: Cell, out: Path) -> Child:
     path = record_path(out, cell.key)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)  # of an attempt that failed, or of fewer seeds
-    paths = [str(Path(fedistill.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    with open(log_path(out, cell.key), "ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fedistill.study.cell", str(out), cell.key, str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C is for us; we stop the cells in good order
-        )
+    words = ["-m", "fedistill.study.cell", str(out), cell.key, str(os.getpid())]
+    process = start_python(words, log_path(out, cell.key))
     return Child(cell=cell, process=process, below={})
 
 

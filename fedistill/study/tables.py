@@ -64,7 +64,7 @@ def cells_table(
 
 def spread(values: Sequence[float | None]) -> Mapping[str, Any]:
     """Mean and deviation of the figures that there are."""
-    return mean_std([value for value in values if value is not None])
+    return mean_std(list(values))
 
 
 def caption(metric: str, model: str) -> str:

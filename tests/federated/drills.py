@@ -311,50 +311,62 @@ def set_of(out: Path, seed: int) -> str:
     return identity(load_set(out / f"seed-{seed}" / "merged"))
 
 
+def disturbed(stage: Stage, name: str, seed: int, harm: Callable[[], float]) -> Result:
+    """A run to which something is done while north distils; harm: does it, and says when."""
+    out = stage.begin(name, seed=seed)
+    stage.wait(out, stage.distils(out))
+    steps, when = stage.steps(out, "north"), harm()
+    stage.wait(out)
+    return stage.judged(name, seed, out, when, steps)
+
+
 def client_killed(stage: Stage, name: str, seed: int) -> Result:
     """kill -9 of the process that works at a site"""
-    out = stage.begin(name, seed=seed)
-    stage.wait(out, stage.distils(out))
-    client = stage.client_of("north")
-    steps, harm = stage.steps(out, "north"), time.monotonic()
-    os.kill(client, signal.SIGKILL)
-    stage.wait(out)
-    return stage.judged(name, seed, out, harm, steps)
+
+    def harm() -> float:
+        client = stage.client_of("north")
+        os.kill(client, signal.SIGKILL)
+        return time.monotonic()
+
+    return disturbed(stage, name, seed, harm)
 
 
-def site_killed(stage: Stage, name: str, seed: int) -> Result:
+def site_killed(stage: Stage, name: str, seed: int, **environment: str) -> Result:
     """kill -9 of everything at a site, which then starts again"""
-    out = stage.begin(name, seed=seed)
-    stage.wait(out, stage.distils(out))
-    steps, harm = stage.steps(out, "north"), time.monotonic()
-    stage.federation.kill("north")
-    stage.back("north")
-    stage.wait(out)
-    return stage.judged(name, seed, out, harm, steps)
+
+    def harm() -> float:
+        when = time.monotonic()
+        stage.federation.kill("north")
+        stage.back("north", **environment)
+        return when
+
+    return disturbed(stage, name, seed, harm)
 
 
 def run_killed(stage: Stage, name: str, seed: int) -> Result:
     """kill -9 of the server's part of a run; the same command again"""
-    out = stage.begin(name, seed=seed)
-    stage.wait(out, stage.distils(out))
-    steps, harm = stage.steps(out, "north"), time.monotonic()
-    os.kill(stage.process("server", "flwr-serverapp"), signal.SIGKILL)
-    time.sleep(5)
-    stage.again(name)
-    stage.wait(out)
-    return stage.judged(name, seed, out, harm, steps)
+
+    def harm() -> float:
+        when = time.monotonic()
+        os.kill(stage.process("server", "flwr-serverapp"), signal.SIGKILL)
+        time.sleep(5)
+        stage.again(name)
+        return when
+
+    return disturbed(stage, name, seed, harm)
 
 
 def server_killed(stage: Stage, name: str, seed: int) -> Result:
     """kill -9 of everything at the server, which then starts again; the same command again"""
-    out = stage.begin(name, seed=seed)
-    stage.wait(out, stage.distils(out))
-    steps, harm = stage.steps(out, "north"), time.monotonic()
-    stage.federation.kill("server")
-    stage.federation.start_server()
-    stage.again(name)
-    stage.wait(out)
-    return stage.judged(name, seed, out, harm, steps)
+
+    def harm() -> float:
+        when = time.monotonic()
+        stage.federation.kill("server")
+        stage.federation.start_server()
+        stage.again(name)
+        return when
+
+    return disturbed(stage, name, seed, harm)
 
 
 def upload_cut(stage: Stage, name: str, seed: int) -> Result:
@@ -525,13 +537,7 @@ def upgraded(stage: Stage, name: str, seed: int) -> Result:
     place = stage.folder / "newer"
     place.mkdir()
     (place / "sitecustomize.py").write_text(NEWER)
-    out = stage.begin(name, seed=seed)
-    stage.wait(out, stage.distils(out))
-    steps, harm = stage.steps(out, "north"), time.monotonic()
-    stage.federation.kill("north")
-    stage.back("north", PYTHONPATH=before_all(place))
-    stage.wait(out)
-    result = stage.judged(name, seed, out, harm, steps)
+    result = site_killed(stage, name, seed, PYTHONPATH=before_all(place))
     stage.federation.kill("north")
     stage.back("north")
     return result

@@ -26,24 +26,14 @@ from localgrid import LocalGrid, serve
 
 from client.app import app as client_app
 from fedistill.config import make_config
-from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.events import Event, read_events
 from fedistill.files import read_json
-from fedistill.rehearsal import Federation
+from fedistill.rehearsal import Federation, write_npz
 from fedistill.synthetic.store import load_set
 
 SIDE, IMAGES = 96, 3700  # of three channels: 102 MB
-
-
-def write_site(path: Path, data: Dataset) -> None:
-    """As files of MedMNIST have it."""
-    arrays = {"class_names": np.array(data.class_names)}
-    for name, split in data.splits.items():
-        images = split.images.permute(0, *range(2, split.images.dim()), 1).squeeze(-1)
-        arrays |= {f"{name}_images": images.numpy(), f"{name}_labels": split.labels[:, None].numpy()}
-    np.savez(path, **arrays)
 
 
 def equal(folder: Path, source: str, modality: str, ipc: int, seeds: int) -> None:
@@ -53,7 +43,7 @@ def equal(folder: Path, source: str, modality: str, ipc: int, seeds: int) -> Non
     parts = partition(data, whole)
     files = {name: folder / f"{name}.npz" for name in parts.names}
     for place, file in enumerate(files.values()):
-        write_site(file, parts.at(data, place))
+        write_npz(file, parts.at(data, place))
     simulated = folder / "simulated"
     nodes = [{"partition-id": place} for place in range(len(files))]
     alone = {"data": source, "partition": "site", "server_data": "none", "sites": len(files)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from archives import Files, changed
 from flwr.cli.build import build_fab_from_disk
 from typer.testing import CliRunner
 
@@ -18,24 +19,12 @@ from fedistill.site.gate import decide, read_log
 from fedistill.site.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
-Files = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
 def sent() -> bytes:
     """As Flower packs the app of this checkout."""
     return build_fab_from_disk(ROOT)
-
-
-def changed(archive: bytes, change: Callable[[Files], None]) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        files = {name: opened.read(name) for name in opened.namelist()}
-    change(files)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as packed:
-        for name, content in files.items():
-            packed.writestr(name, content)
-    return out.getvalue()
 
 
 def policy_at(folder: Path, code: str = "installed") -> Policy:
