@@ -29,8 +29,8 @@ from fedistill.report.summary import write_summary
 from fedistill.simulation import absolute
 from fedistill.site.feasible import check_settings
 from fedistill.synthetic.store import load_set, save_set
-from server.average import average
-from server.stages import Run, agree, collect_sets, describe_sites, evaluate_at_sites
+from server.compare import compare
+from server.stages import Run, agree, collect_sets, describe_sites, evaluate_at_sites, merged_sets
 
 app = ServerApp()
 
@@ -105,8 +105,9 @@ def run_seed(grid: Grid, config: Config, events: EventLog) -> None:
             def notify(step: int, total: int, message: str) -> None:
                 run.note("", "evaluate", "progress", step=step, total=total, message=message)
 
-            arms = evaluate_arms(config, data, parts, merged, Path(work) / "evaluation", notify)
-            for model, figures in (average(run, nodes, data, needed) if config.fl_rounds else {}).items():
+            rounds = merged_sets(run)
+            arms = evaluate_arms(config, data, parts, merged, Path(work) / "evaluation", notify, rounds)
+            for model, figures in compare(run, nodes, data, parts, merged, needed).items():
                 arms[model] |= figures
             write_json(folder / "arms.json", arms)
         write_json(folder / "federated.json", evaluate_at_sites(run, nodes, task, merged))

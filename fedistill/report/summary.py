@@ -18,6 +18,7 @@ import torch
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import combined
 from fedistill.evaluation.arms import architectures
+from fedistill.evaluation.comparators import ALONE, comparators
 from fedistill.evaluation.metrics import NAMES, counts_shape, from_counts, images_in, mean_std
 from fedistill.events import read_events
 from fedistill.files import read_json, write_bytes, write_json
@@ -43,7 +44,8 @@ def write_summary(config: Config, run: Path) -> Json:
     folders = [run / f"seed-{seed}" for seed in range(config.seed, config.seed + config.seeds)]
     summary = summarise(config, run, folders)
     first = read_json(folders[0] / "sites.json")
-    last_round = folders[0] / f"round-{config.rounds}"
+    done = [folders[0] / f"round-{round}" for round in range(1, config.rounds + 1)]
+    last_round = [folder for folder in done if folder.exists()][-1]
     sets = {s.sites[0]: s for s in (load_set(path.parent) for path in sorted(last_round.glob("*/manifest.json")))}
     curves = read_json(folders[0] / "curves.json") if (folders[0] / "curves.json").exists() else {}
     page = render_report(summary, sets, {name: [(k, v) for k, v in curves.get(name, [])] for name in first})
@@ -148,6 +150,7 @@ def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
         "unit": claim.unit or None,
         "statement": claim.sentence,
         "averaging_epsilon": config.epsilon if config.fl_rounds else None,
+        "alone_epsilon": config.epsilon if set(ALONE) & set(comparators(config)) else None,
         "answers_epsilon": config.eval_epsilon or None,
         "simulated": config.server_data == "same",
     }
@@ -230,6 +233,8 @@ def _arms(seeds: Sequence[Json], class_names: Sequence[str], kind: str) -> Json:
     """Arm -> figures over seeds."""
     result = {}
     for arm in seeds[0]:
+        if not all(arm in seed for seed in seeds):  # an earlier round of a seed that went on for longer
+            continue
         runs = [seed[arm] for seed in seeds]
         figures: Json = {"std_over": "seeds" if len(runs) > 1 else "networks"}
         for name in NAMES[kind]:
@@ -243,6 +248,8 @@ def _arms(seeds: Sequence[Json], class_names: Sequence[str], kind: str) -> Json:
         for name in ("images", "upload_bytes", "seconds"):
             figures[name] = mean_std([r[name] for r in runs])["mean"]
         figures["learning_rate"] = [rate for r in runs for rate in r["learning_rate"]]
+        if "rounds" in runs[0]:
+            figures["rounds"] = runs[0]["rounds"]
         result[arm] = figures
     return result
 
