@@ -9,7 +9,6 @@ that Flower has for it, so that it is the same without Flower; and that strategy
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,21 +89,28 @@ def average_sites(config: Config, data: Dataset, sites: Sequence[Dataset], folde
             for site in sites
         }
 
-    return averaged(config, data, architectures(config)[0], ask, folder / "rounds", config.fl_rounds)
+    return averaged(config, data, architectures(config)[0], ask, folder / "rounds", config.fl_rounds, rates_of(config))
 
 
 def evaluate_average(
     config: Config, data: Dataset, model: str, ask: Ask, folder: Path, arm: str
 ) -> dict[str, dict[str, Any]]:
-    """Figures of `arm`, as `arms.evaluate_arms` has them of others, and of `arm-R` after each earlier round R that is shown."""
-    figures = {}
+    """Figures of `arm`, as `arms.evaluate_arms` has them of others, and of `arm-R` after each earlier round R that is shown.
+
+    After each of these the better half of the learning rates goes on (successive halving, Jamieson and Talwalkar, AISTATS 2016).
+    """
+    figures, rates = {}, rates_of(config)
     for rounds in shown_rounds(config):
         name = arm if rounds == config.fl_rounds else f"{arm}-{rounds}"
-        figures[name] = _figures(*averaged(config, data, model, ask, folder, rounds), rounds)
+        result, upload = averaged(config, data, model, ask, folder, rounds, rates)
+        figures[name] = _figures(result, upload, rounds)
+        rates = result.rates[: -(-len(rates) // 2)]
     return figures
 
 
-def averaged(config: Config, data: Dataset, model: str, ask: Ask, folder: Path, rounds: int) -> tuple[Result, int]:
+def averaged(
+    config: Config, data: Dataset, model: str, ask: Ask, folder: Path, rounds: int, rates: Sequence[float]
+) -> tuple[Result, int]:
     """The arm with one architecture after so many rounds, and bytes; finished rounds are kept in `folder` and not asked for again.
 
     The networks begin where those of other arms begin. The bytes are what the sites sent for one network, over all rounds; what
@@ -118,7 +124,6 @@ def averaged(config: Config, data: Dataset, model: str, ask: Ask, folder: Path, 
         return thetas
 
     nets = 1 if config.privacy == "dp" else config.eval_nets
-    rates = rates_of(config)
     result = choose_and_test(config, task, model, train, data.val, data.test, rates=rates, nets=nets)
     return result, sent[0][rates.index(result.learning_rate)]
 
@@ -126,10 +131,9 @@ def averaged(config: Config, data: Dataset, model: str, ask: Ask, folder: Path, 
 def path_of(config: Config, task: Task, model: str, folder: Path, rate: float) -> Tensor:
     """The global parameters `(R+1, P)` before the first and after each round that `averaged` left in `folder`, of the first network
     at `rate`."""
-    start = _initial(config, task, model, [(each, config.seed) for each in rates_of(config)])
-    name = name_of(model, rate, config.seed)
-    files = [_round_file(folder, start, round) for round in range(1, config.fl_rounds + 1)]
-    return torch.stack([start[name], *(read_tensors(file)[0][name] for file in files)])
+    ((name, theta),) = _initial(config, task, model, [(rate, config.seed)]).items()
+    files = [_round_file(folder, name, round) for round in range(1, config.fl_rounds + 1)]
+    return torch.stack([theta, *(read_tensors(file)[0]["theta"] for file in files)])
 
 
 def run_rounds(start: Mapping[str, Tensor], ask: Ask, folder: Path, rounds: int) -> tuple[list[Tensor], list[int]]:
@@ -139,23 +143,20 @@ def run_rounds(start: Mapping[str, Tensor], ask: Ask, folder: Path, rounds: int)
     """
     thetas, sent = dict(start), dict.fromkeys(start, 0)
     for round in range(1, rounds + 1):
-        sound = {name: theta for name, theta in thetas.items() if torch.isfinite(theta).all()}
-        if not sound:
-            break
-        file = _round_file(folder, start, round)
-        if not file.exists():
-            answers = list(ask(round, sound).values())
-            write_tensors(file, mean_of(answers), {"answers": len(answers)})
-        found, about = read_tensors(file)
-        thetas |= found
-        for name, theta in found.items():
-            sent[name] += about["answers"] * theta.numel() * theta.element_size()
+        files = {n: _round_file(folder, n, round) for n, theta in thetas.items() if torch.isfinite(theta).all()}
+        if new := {name: thetas[name] for name, file in files.items() if not file.exists()}:
+            answers = list(ask(round, new).values())
+            for name, theta in mean_of(answers).items():
+                write_tensors(files[name], {"theta": theta}, {"answers": len(answers)})
+        for name, file in files.items():
+            found, about = read_tensors(file)
+            thetas[name] = found["theta"]
+            sent[name] += about["answers"] * thetas[name].numel() * thetas[name].element_size()
     return list(thetas.values()), list(sent.values())
 
 
-def _round_file(folder: Path, start: Mapping[str, Tensor], round: int) -> Path:
-    batch = hashlib.sha256("|".join(start).encode()).hexdigest()[:12]
-    return folder / batch / f"round-{round}.safetensors"
+def _round_file(folder: Path, name: str, round: int) -> Path:
+    return folder / name / f"round-{round}.safetensors"
 
 
 def mean_of(answers: Sequence[Local]) -> dict[str, Tensor]:

@@ -94,6 +94,7 @@ class Result:
     learning_rate: float
     seconds: float
     thetas: list[Tensor]
+    rates: tuple[float, ...] = ()
 
 
 def select_and_test(config: Config, task: Task, model: str, material: Material, val: Split, test: Split) -> Result:
@@ -122,10 +123,9 @@ def choose_and_test(
     began = time.monotonic()
     net = task.network(model, config)
     searched = train([(lr, config.seed) for lr in rates])
-    chosen = max(
-        range(len(rates)),
-        key=lambda i: merit(score(answer(net, searched[i], val.images, task), val.labels, task.kind), task.kind),
-    )
+    worth = [merit(score(answer(net, theta, val.images, task), val.labels, task.kind), task.kind) for theta in searched]
+    order = sorted(range(len(rates)), key=lambda i: worth[i], reverse=True)
+    chosen = order[0]
     lr = rates[chosen]
     more = [(lr, config.seed + 1000 * n) for n in range(1, nets)]
     thetas = [searched[chosen], *(train(more) if more else ())]
@@ -133,7 +133,7 @@ def choose_and_test(
         [score(answer(net, theta, part.images, task), part.labels, task.kind) for theta in thetas]
         for part in (test, val)
     )
-    return Result(on_test, on_val, lr, time.monotonic() - began, thetas)
+    return Result(on_test, on_val, lr, time.monotonic() - began, thetas, tuple(rates[i] for i in order))
 
 
 def fit_all(

@@ -87,7 +87,7 @@ def test_several_networks_share_a_chosen_rate_and_an_upload_is_that_of_one(tiny:
 
 
 def test_an_earlier_round_is_what_fewer_rounds_would_have_been(tiny: Dataset, tmp_path: Path) -> None:
-    config = settings(fl_rounds=3, fl_shown="2, 1", eval_nets=1)
+    config = settings(fl_rounds=3, fl_shown="2, 1", fl_lr=0.1, eval_nets=1)
     parts, asked = partition(tiny, config), []
 
     def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
@@ -99,10 +99,26 @@ def test_an_earlier_round_is_what_fewer_rounds_would_have_been(tiny: Dataset, tm
     assert list(figures) == ["fedavg-1", "fedavg-2", "fedavg"]
     assert asked == [1, 2, 3]
     for rounds in (1, 2):
-        alone = fedavg(settings(fl_rounds=rounds, eval_nets=1), tiny, parts, tmp_path / str(rounds))
+        alone = fedavg(settings(fl_rounds=rounds, fl_lr=0.1, eval_nets=1), tiny, parts, tmp_path / str(rounds))
         shown = figures[f"fedavg-{rounds}"]
         assert {k: v for k, v in shown.items() if k != "seconds"} == {k: v for k, v in alone.items() if k != "seconds"}
     assert [f["upload_bytes"] / figures["fedavg-1"]["upload_bytes"] for f in figures.values()] == [1, 2, 3]
+
+
+def test_the_better_half_of_the_rates_goes_on(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(fl_rounds=3, fl_shown="1,2", eval_nets=1)
+    parts, asked = partition(tiny, config), []
+
+    def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
+        asked.append([float(name.split("@")[1]) for name in thetas])
+        sites = [parts.at(tiny, place) for place in range(2)]
+        return {s.name: train_round(config, s, s.name, tmp_path, round=round, thetas=thetas) for s in sites}
+
+    figures = evaluate_average(config, tiny, "mlp", ask, tmp_path / "a", "fedavg")
+    assert [len(rates) for rates in asked] == [5, 3, 2]
+    assert set(asked[2]) < set(asked[1]) < set(RATES)
+    assert figures["fedavg-1"]["learning_rate"][0] in asked[1]
+    assert figures["fedavg-2"]["learning_rate"][0] in asked[2]
 
 
 def test_the_way_of_the_global_network_begins_and_ends_where_it_did(tiny: Dataset, tmp_path: Path) -> None:

@@ -178,7 +178,16 @@ def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
 def test_a_real_site_sends_no_networks_that_it_trains_alone(tmp_path: Path) -> None:
     grid = LocalGrid(client_app, [real_site("north", tmp_path / "disk")])
     content = collect.job(TINY, networks='["mlp@0.1@0"]', run="x")
-    failures = collect.converse(grid, "train.alone", {100: content}, lambda *_: None, lambda *_: None, deadline=30)
+    said: list[Any] = []
+    failures = collect.converse(
+        grid,
+        "train.alone",
+        {100: content},
+        lambda _, reply: said.append(read_local(reply, {})),
+        lambda *_: None,
+        deadline=30,
+    )
+    assert said == []
     assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
 
 
