@@ -37,6 +37,7 @@ class Arm:
     name: str
     materials: list[Material]
     upload_bytes: int
+    rounds: int | None = None  # after which it is judged, where there are several
 
     @property
     def images(self) -> float:
@@ -99,8 +100,8 @@ def all_arms(
     for round, made in enumerate(rounds, start=1):
         sent += size(*encode(made))
         if round < len(rounds):
-            yield Arm(f"distilled-{round}", [Material(made.images, made.labels)], sent)
-    yield Arm("distilled", [Material(merged.images, merged.labels)], sent or size(*encode(merged)))
+            yield Arm(f"distilled-{round}", [Material(made.images, made.labels)], sent, round)
+    yield Arm("distilled", [Material(merged.images, merged.labels)], sent or size(*encode(merged)), len(rounds) or None)
     random = random_real(data, part, counts, config.seed)
     yield Arm("random_real", [of_split(random, task)], len(random) * pixels)
     local = [data.train.take(i["train"]) for name, i in zip(part.names, part.index, strict=True) if name in counts]
@@ -139,6 +140,8 @@ def _evaluate(config: Config, task: Task, data: Dataset, model: str, arm: Arm, f
         return read_json(path)
     runs = [select_and_test(config, task, model, material, data.val, data.test) for material in arm.materials]
     figures = figures_of(runs) | {"images": arm.images, "upload_bytes": arm.upload_bytes}
+    if arm.rounds:
+        figures["rounds"] = arm.rounds
     if arm.name == "distilled":
         write_tensors(folder / f"model-{_key(config, model, arm.materials)}.safetensors", {"theta": runs[0].thetas[0]})
     write_json(path, figures)
