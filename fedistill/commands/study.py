@@ -84,6 +84,9 @@ def run(
     data: Data = None,
     seeds: Seeds = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at the same time, each with its share of cores.")] = 1,
+    track: Annotated[
+        str, typer.Option("--track", help="Send finished cells to mlflow, tensorboard or wandb as well.")
+    ] = "",
     settings: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,7 +96,7 @@ def run(
 
     chosen, folder = _study(study, data, seeds, settings), _folder(out)
     typed = "fedistill " + " ".join(sys.argv[1:])
-    summary = run_study(chosen, cells_of(chosen), folder, screen, jobs=jobs, command=typed)
+    summary = run_study(chosen, cells_of(chosen), folder, screen, jobs=jobs, command=typed, tracker=track)
     if as_json:
         print(json.dumps(summary, indent=1))
     for cell in summary["failed"][:SHOWN_FAILURES]:
