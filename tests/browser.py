@@ -39,6 +39,7 @@ def chromium() -> Iterator[Any]:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_path))
         try:
             driver.execute_cdp_cmd("Network.enable", {})
+            driver.set_script_timeout(300)  # of a busy machine
             yield driver
         finally:
             driver.quit()

@@ -109,7 +109,7 @@ def render_report(
         records=tables.records(summary),
         troubles=[site for site in sites if site["status"] != "ok"],
         notes=summary.get("notes") or [],
-        glance=_glance(summary, sites, class_names, procedural),
+        glance=_glance(summary, sites, class_names, procedural=procedural, selects=selects),
         facts=_facts(summary),
         sites=sites,
         image_counts=_image_counts(sites, class_names),
@@ -137,7 +137,9 @@ def render_report(
     )
 
 
-def _glance(summary: Mapping[str, Any], sites: list[Json], class_names: Sequence[str], procedural: bool) -> list[Json]:
+def _glance(
+    summary: Mapping[str, Any], sites: list[Json], class_names: Sequence[str], *, procedural: bool, selects: bool
+) -> list[Json]:
     """The four things to know first: what was made, how good it is, how private, and how much was sent."""
     answered = sum(site["status"] == "ok" for site in sites)
     uploads = [site["upload_bytes"] for site in sites if site["upload_bytes"] is not None]
@@ -170,7 +172,7 @@ def _glance(summary: Mapping[str, Any], sites: list[Json], class_names: Sequence
     return [
         {
             "title": "What was made",
-            "figure": f"{tables.number(distilled.get('images'))} synthetic images",
+            "figure": f"{tables.number(distilled.get('images'))} {'selected' if selects else 'synthetic'} images",
             "look": " words",
             "more": f"By {took} sites, with {method}, for {len(class_names)} {things}. The {train} {people} stayed at the sites.",
         },

@@ -216,7 +216,7 @@ def test_a_wide_table_scrolls_by_keyboard_and_details_open(driver: Any, pages: d
 def wait_for(driver: Any, script: str, *arguments: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(driver, 20).until(lambda d: d.execute_script(script, *arguments))
+    WebDriverWait(driver, 300).until(lambda d: d.execute_script(script, *arguments))
 
 
 def choose(driver: Any, name: str, text: str) -> None:
