@@ -22,6 +22,7 @@ from fedistill.data.partition import Partition, partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import evaluate_arms
+from fedistill.evaluation.calibration import calibration_of
 from fedistill.events import EventLog, claim_folder
 from fedistill.files import write_json
 from fedistill.privacy.rules import check_private
@@ -109,5 +110,7 @@ def run_seed(grid: Grid, config: Config, events: EventLog) -> None:
             arms = evaluate_arms(config, data, parts, merged, Path(work) / "evaluation", notify, rounds)
             for model, figures in compare(run, nodes, data, parts, merged, needed).items():
                 arms[model] |= figures
+            calibration = calibration_of(config, data, merged, Path(work) / "evaluation")
+            write_json(folder / "calibration.json", calibration)
             write_json(folder / "arms.json", arms)
         write_json(folder / "federated.json", evaluate_at_sites(run, nodes, task, merged))

@@ -311,6 +311,11 @@ def score(value: Any) -> str:
     return _thousandths(mean) if std is None else f"{_thousandths(mean)} ± {_thousandths(std)}"
 
 
+def between(ends: Any) -> str:
+    """An interval as `.601 to .744`."""
+    return f"{_thousandths(ends[0])} to {_thousandths(ends[1])}" if ends else MISSING
+
+
 def number(value: Any) -> str:
     """A count or seconds, with at most one decimal (a mean over seeds need not be whole)."""
     found = mean_of(value)

@@ -1,15 +1,11 @@
-"""Figures of a study: one figure over one setting, a line per value of the others, as SVG and PDF; and the interactive page."""
+"""Figures of a study: one figure over one setting, a line per value of the others, as SVG and PDF."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from fedistill.bench.plots import DASHES, MARKERS, vector
 from fedistill.errors import FedistillError, unknown
@@ -20,7 +16,6 @@ from fedistill.study.plan import shown
 from fedistill.study.results import FIGURES, Row, usable
 from fedistill.study.tables import arms_of, models_of, spread
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
 TITLES = METRICS | {
     "images": "Images trained on",
     "upload_bytes": "Bytes sent by all sites",
@@ -168,32 +163,6 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
     if len(drawn) > 1 or axes.by:
         figure.legend(list(drawn.values()), list(drawn), loc="outside right center", frameon=False, fontsize="small")
     return figure
-
-
-def page(title: str, rows: Sequence[Row], varied: Sequence[str]) -> bytes:
-    """One page that needs nothing else: a plot whose axes can be chosen, and a table that can be sorted."""
-    columns = [*varied, "trained_on", "eval_model"]
-    figures = [name for name in FIGURES if any(row[name] is not None for row in usable(rows))]
-    names = {column: TITLES.get(column, column) for column in (*columns, *figures)}
-    facts = {
-        "columns": columns,
-        "figures": figures,
-        "names": names,
-        "colours": len(PALETTE),
-        "logarithmic": LOGARITHMIC,
-        "rows": [
-            {name: NO_PRIVACY if name == "epsilon" and row[name] == 0 else row[name] for name in (*columns, *figures)}
-            for row in usable(rows)
-        ],
-    }
-    failed = {row["cell"]: row for row in rows if row["status"] == "failed"}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        facts=Markup(json.dumps(facts).replace("<", "\\u003c")),  # no text of the data can end the script
-        failed=[(", ".join(f"{key} {shown(row[key])}" for key in varied), row["reason"]) for row in failed.values()],
-    )
-    return text.encode()
 
 
 def _name(by: Sequence[str], values: Sequence[Any]) -> str:

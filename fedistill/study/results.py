@@ -122,6 +122,14 @@ def read_results(path: Path) -> list[Row]:
         raise FedistillError("bad-results", f"{path} is no table of a study: {error}.") from None
 
 
+def read_folder(out: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What `study.json` and `results.csv` of a study's folder say. Raises `FedistillError` where one is missing or no such file."""
+    rows = read_results(out / "results.csv")
+    if not (out / "study.json").exists():
+        raise FedistillError("missing-file", f"There is no {out / 'study.json'}: run the study first.")
+    return dict(read_json(out / "study.json")), rows
+
+
 def usable(rows: Sequence[Row]) -> list[Row]:
     """Those of cells that did not fail."""
     return [row for row in rows if row["status"] == "ok"]

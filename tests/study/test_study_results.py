@@ -15,8 +15,9 @@ from tinystudy import write_study
 
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
+from fedistill.study.page import page
 from fedistill.study.plan import Cell, Study, cells_of, read_study
-from fedistill.study.plots import axes_of, lines_of, page, write_plots
+from fedistill.study.plots import axes_of, lines_of, write_plots
 from fedistill.study.results import FIGURES, Row, finished, read_results, record_path, write_results
 from fedistill.study.run import forecast, refuse_foreign, run_study
 from fedistill.study.tables import cells_table, headline
@@ -154,18 +155,25 @@ def test_without_privacy_there_is_a_line_across(tmp_path: Path) -> None:
     svg, _ = write_plots(rows, axes, "Privacy", tmp_path)
     assert "no privacy" in svg.read_text()
     about = dict.fromkeys((*FIGURES, "reason", "cell")) | {"auc": 0.5}
-    assert '"epsilon": "no privacy"' in page("Privacy", [about | row for row in rows], ["epsilon"]).decode()
+    assert '"epsilon": "no privacy"' in page("Privacy", [about | row for row in rows], ["epsilon"], cells=3).decode()
 
 
 def test_the_page_needs_nothing_else(ended) -> None:
     rows, study = rows_in(ended), ended[0]
-    text = page("Tiny <b>", rows, study.varied).decode()
-    assert not re.search(r"https?:|src=|href=|@import|url\(", text)
+    text = page("Tiny <b>", rows, study.varied, cells=5).decode()
+    assert not re.search(r'https?:|src=|href="[^#]|@import|url\(', text)
     assert "<h1>Tiny &lt;b&gt;</h1>" in text
     assert "An expert diverged &lt;/script&gt;" in text
     assert text.count("</script>") == 2
     assert "prefers-color-scheme: dark" in text
     assert text.count("<label>") == 3
+    assert re.findall(r'<dd class="figure words">(.*?)</dd>', text) == [
+        "3 of 5 cells",
+        ".510 to .710",
+        "No formal guarantee",
+        "12.3 MB",
+    ]
+    assert ".510 ± .014</td>" in text  # without JavaScript, too
 
 
 def test_foreign_folders_are_refused_and_kept(tmp_path: Path) -> None:
