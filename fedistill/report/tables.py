@@ -49,7 +49,7 @@ BEST = "★"
 
 def arm_name(arm: str) -> str:
     """`dp-fedavg-10`: Private federated averaging, 10 rounds."""
-    name, rounds = _without_rounds(arm)
+    name, rounds = without_rounds(arm)
     known = ARM_NAMES.get(name.removeprefix(PRIVATE))
     if known is None:
         return plain(arm)
@@ -58,7 +58,7 @@ def arm_name(arm: str) -> str:
     return known + (f", {rounds} round{'s' * (rounds > 1)}" if rounds else "")
 
 
-def _without_rounds(arm: str) -> tuple[str, int]:
+def without_rounds(arm: str) -> tuple[str, int]:
     """The name of an arm, and the number of its round; 0 where it is the last."""
     name, _, last = arm.rpartition("-")
     return (name, int(last)) if name and last.isdecimal() else (arm, 0)
@@ -97,7 +97,7 @@ def best_means(summary: Mapping[str, Any]) -> str:
 
 def images_of(key: str, arm: Mapping[str, Any]) -> str:
     """How many images an arm is made of; "-" where parameters travel and no images."""
-    name, _ = _without_rounds(key)
+    name, _ = without_rounds(key)
     return "-" if name.removeprefix(PRIVATE) in OF_PARAMETERS else number(arm.get("images"))
 
 
@@ -106,7 +106,7 @@ def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
     known = list(ARM_NAMES)
 
     def place(key: str) -> tuple[int, float]:
-        name, rounds = _without_rounds(key)
+        name, rounds = without_rounds(key)
         name = name.removeprefix(PRIVATE)
         return (known.index(name), rounds or math.inf) if name in known else (len(known), 0)
 

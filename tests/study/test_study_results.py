@@ -189,3 +189,29 @@ def test_foreign_folders_are_refused_and_kept(tmp_path: Path) -> None:
         refuse_foreign(tmp_path / "other", study)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "irreplaceable"
     assert read_json(tmp_path / "other" / "study.json") == {"study": "other"}
+
+
+def test_accuracy_over_bytes_has_a_line_per_arm_and_a_point_per_number_of_rounds(tmp_path: Path) -> None:
+    def row(cell: str, arm: str, seed: int, sent: int | None, rounds: int | None, auc: float) -> Row:
+        figures = {"upload_bytes": sent, "after_rounds": rounds, "auc": auc, "status": "ok", "ipc": len(cell)}
+        return {"cell": cell, "eval_model": "mlp", "trained_on": arm, "seed": seed} | figures
+
+    rows = [
+        row("a", "distilled", 0, 90, 1, 0.8), row("a", "distilled", 1, 110, 1, 0.9), row("a", "fedavg-1", 0, 400, 1, 0.5),
+        row("a", "fedavg", 0, 4000, 10, 0.7), row("a", "local_only", 0, 0, None, 0.6), row("bb", "distilled", 0, 900, 1, 0.85),
+    ]  # fmt: skip
+    axes = axes_of(rows, ["ipc"], x="upload_bytes", y="auc", by="", where={})
+    found = {line.name: dict(line.points) for line in lines_of(rows, axes)}
+    assert found == {
+        "ipc 1, Distilled union": {100: [0.8, 0.9]},
+        "ipc 1, Federated averaging": {400: [0.5], 4000: [0.7]},
+        "ipc 1, Local only": {0: [0.6]},
+        "ipc 2, Distilled union": {900: [0.85]},
+    }
+    axes = axes_of(rows, ["ipc"], x="after_rounds", y="auc", by="family", where={"ipc": "1"})
+    found = {line.name: dict(line.points) for line in lines_of(rows, axes)}
+    assert found["Federated averaging"] == {1: [0.5], 10: [0.7]}
+    files = write_plots(rows, axes, "Tiny", tmp_path)
+    assert [file.name for file in files] == [f"auc-over-after_rounds-by-family-1.{end}" for end in ("svg", "pdf")]
+    with pytest.raises(FedistillError, match="Unknown column of the study 'family'"):
+        axes_of(rows, ["ipc"], x="ipc", y="auc", by="family", where={})
