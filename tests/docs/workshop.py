@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CEILINGS = {
     "phantom_images": 240, "phantom_size": 16, "width": 4, "depth": 2, "experts": 2, "expert_steps": 60, "iterations": 4,
     "syn_steps": 2, "eval_nets": 1, "eval_steps": 5, "sketch_networks": 2, "sketch_frequencies": 16, "ipc": 5, "seeds": 2,
-    "fl_rounds": 2, "fl_steps": 2,
+    "fl_rounds": 4, "fl_steps": 2,
 }  # fmt: skip
 CLIENT = """\
 import array, json, os, socket, sys
