@@ -227,6 +227,10 @@ def guarantee(summary: Mapping[str, Any]) -> str:
         words.append(
             f"So did, up to epsilon={union['alone_epsilon']:g}, the networks that sites trained alone for comparison."
         )
+    if union.get("central_epsilon"):
+        words.append(
+            f"So did, up to epsilon={union['central_epsilon']:g}, distilling all images together for comparison."
+        )
     if union.get("answers_epsilon"):
         words.append(
             f"Validation and test images are other people's: each site's answers on them cost epsilon={union['answers_epsilon']:g}."
