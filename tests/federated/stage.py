@@ -343,6 +343,11 @@ def set_of(out: Path, seed: int, site: str = "") -> str:
     return identity(load_set(out / f"seed-{seed}" / (f"round-1/site-{site}" if site else "merged")))
 
 
+def about(out: Path, name: str) -> dict[str, Any]:
+    """What the summary of a run says of a site."""
+    return next(site for site in read_json(out / "summary.json")["sites"] if site["name"] == name)
+
+
 def disturbed(stage: Stage, name: str, seed: int, harm: Callable[[], float]) -> Result:
     """A run to which something is done while north distils; harm: does it, and says when."""
     out = stage.begin(name, seed=seed)
