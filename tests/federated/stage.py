@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ class Stage:
             try:
                 self.federation.command("server", "run", self.federation.server, self.folder / f"{name}.toml")
                 return
-            except FedistillError:
+            except (FedistillError, subprocess.TimeoutExpired):
                 if time.monotonic() > end:
                     raise
                 time.sleep(1)
@@ -206,7 +207,7 @@ class Stage:
                 needed.clear()
                 try:
                     self.federation.command("server", "run", self.federation.server, self.folder / f"{out.name}.toml")
-                except FedistillError:
+                except (FedistillError, subprocess.TimeoutExpired):
                     needed.set()
 
         threads = [threading.Thread(target=keep, args=(name,)) for name in ("server", *SITES)]
