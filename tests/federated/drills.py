@@ -34,6 +34,7 @@ from stage import JOB, LONGEST, SITES, Result, Stage, about, before_all, disturb
 from fedistill.deploy import HERE, environment, read_server, run_words
 from fedistill.rehearsal import fedistill
 from fedistill.simulation import app_folder
+from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
 
 KILLS = 12
@@ -258,7 +259,12 @@ def upgraded(stage: Stage, name: str, seed: int) -> Result:
     result = site_killed(stage, name, seed, PYTHONPATH=before_all(place))
     stage.federation.kill("north")
     stage.back("north")
-    return result
+    out = stage.federation.server / "runs" / name
+    made, expected = (load_set(run / f"seed-{seed}" / "merged") for run in (out, stage.expected(seed)))
+    ours, theirs = made.manifest["north"], expected.manifest["north"]
+    anew = ours["configuration"] != theirs["configuration"]  # the set says by which version it was made
+    same = replace(made, manifest={**made.manifest, "north": {**ours, "configuration": theirs["configuration"]}})
+    return replace(result, ok=anew and identity(same) == identity(expected), lost="all that the site had made")
 
 
 DRILLS: dict[str, Callable[[Stage, str, int], Result]] = {
