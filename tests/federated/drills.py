@@ -96,7 +96,7 @@ def server_killed(stage: Stage, name: str, seed: int) -> Result:
 def killed_often(stage: Stage, name: str, seed: int) -> Result:
     """kill -9 of one thing or another, a dozen times while the run is at work; all start again as under systemd"""
     chance, kills = random.Random(seed), Counter[str]()
-    out = stage.begin(name, seed=seed, quorum=2, iterations=800)
+    out = stage.begin(name, seed=seed, quorum=2, iterations=400)
     stage.wait(out, stage.distils(out))
     steps, harm = stage.steps(out, "north"), time.monotonic()
     with stage.kept(out) as needed:
@@ -111,7 +111,7 @@ def killed_often(stage: Stage, name: str, seed: int) -> Result:
             if time.monotonic() > end:
                 raise TimeoutError(f"{kills}: {stage.told(out)[-6:]}")
             time.sleep(0.5)
-    result = stage.judged(name, seed, out, harm, steps, iterations=800)
+    result = stage.judged(name, seed, out, harm, steps, iterations=400)
     told = ", ".join(f"{what} {count}" for what, count in sorted(kills.items()))
     return replace(
         result, ok=result.ok and kills.total() == KILLS, sees=f"{result.sees}. {kills.total()} kills: {told}"

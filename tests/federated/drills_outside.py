@@ -107,7 +107,7 @@ def expired_certificate(stage: Stage, name: str, seed: int) -> Result:
     stage.stop("server")
     stage.federation.start_server()
     sleep_until(end - timedelta(seconds=REST_SECONDS))
-    out = stage.begin(name, seed=seed, iterations=800)
+    out = stage.begin(name, seed=seed, iterations=400)
     sleep_until(end + timedelta(seconds=2))
     steps, harm = stage.steps(out, "north"), time.monotonic()
     at_work = bool(stage.told(out)) and not (out / "summary.json").exists()
@@ -123,7 +123,7 @@ def expired_certificate(stage: Stage, name: str, seed: int) -> Result:
     stage.mended()
     stage.again(name)
     stage.wait_anew(out)
-    result = stage.judged(name, seed, out, harm, steps, iterations=800)
+    result = stage.judged(name, seed, out, harm, steps, iterations=400)
     clear = at_work and site.ok and "expired" in site.sees and "expired" in said and "server renew" in said
     sees = f"site: {site.sees} server: {said}".replace(str(server.folder), "FOLDER")
     return replace(result, ok=result.ok and clear, sees=sees)

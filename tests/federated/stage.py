@@ -31,12 +31,12 @@ from fedistill.synthetic.store import load_set
 
 SITES = ("north", "south")
 JOB: dict[str, Any] = {
-    "sites": 2, "width": 8, "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 400, "syn_steps": 4,
+    "sites": 2, "width": 8, "depth": 2, "experts": 1, "expert_steps": 60, "ipc": 1, "segment": 2, "iterations": 200, "syn_steps": 4,
     "eval_nets": 1, "eval_steps": 5, "eval_models": "mlp", "method": "mtt", "skip_above": 1000.0, "modality": "generic",
     "slice_seconds": 3.0,
 }  # fmt: skip
 DATA = {"phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "partition": "iid"}
-LONGEST = 900.0  # seconds of a run
+LONGEST = 1800.0  # seconds of a run
 AGAIN = 90.0  # seconds in which the server takes a run again
 
 
