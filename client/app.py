@@ -37,7 +37,7 @@ from fedistill.methods.registry import method_of
 from fedistill.privacy.answers import private_answers
 from fedistill.privacy.ledger import Cap
 from fedistill.privacy.plan import delta_of, records_of
-from fedistill.site.average import train_round
+from fedistill.site.average import Local, train_alone, train_round
 from fedistill.site.describe import describe, describe_privately, task_of
 from fedistill.site.feasible import check_settings
 from fedistill.site.folder import site_folder
@@ -60,6 +60,7 @@ OWN_FILES = (
 LONGEST_CONFIG = 2**16  # characters
 LONGEST_NAME = 100  # characters of the name of a model
 MOST_SECONDS = 1e6  # of one slice
+MOST_PROXIMAL = 1e6
 LARGEST_LOG = 2**24  # bytes of errors.log: a server must not fill a site's disk
 _RUN = re.compile(r"[A-Za-z0-9_-]{0,64}")
 
@@ -225,25 +226,44 @@ def distill(msg: Message, site: Site, config: Config) -> RecordDict:
 @app.train("fedavg")
 @answers
 def average(msg: Message, site: Site, config: Config) -> RecordDict:
-    """A round of federated averaging, the comparison in simulations: a real site sends parameters of no network."""
-    if not site.simulated and config.privacy != "dp":
-        raise FedistillError("bare-parameters", "privacy=none would send parameters as they are: no site does that.")
-    if not site.simulated:
-        raise FedistillError(
-            "only-simulated", "Federated averaging is a comparison in simulations: no real site takes part."
-        )
+    """A round of federated averaging, the comparison in simulations."""
+    _refuse_parameters(site, config)
     job = _job(msg)
-    thetas = _models(msg)
     local = train_round(
         config,
         site.data,
         site.name,
         site.work,
         round=_round(job, config.fl_rounds),
-        thetas=thetas,
+        thetas=_models(msg),
+        mu=_proximal(job),
         run=_run(job),
         cap=site.cap,
     )
+    return _parameters(local)
+
+
+@app.train("alone")
+@answers
+def alone(msg: Message, site: Site, config: Config) -> RecordDict:
+    """Networks that the site trains by itself, for one-shot comparisons in simulations."""
+    _refuse_parameters(site, config)
+    job = _job(msg)
+    names, run = _networks(job), _run(job)
+    return _parameters(train_alone(config, site.data, site.name, site.work, names=names, run=run, cap=site.cap))
+
+
+def _refuse_parameters(site: Site, config: Config) -> None:
+    """A real site sends parameters of no network."""
+    if not site.simulated and config.privacy != "dp":
+        raise FedistillError("bare-parameters", "privacy=none would send parameters as they are: no site does that.")
+    if not site.simulated:
+        raise FedistillError(
+            "only-simulated", "Federated averaging is a comparison in simulations: no real site takes part."
+        )
+
+
+def _parameters(local: Local) -> RecordDict:
     content = _reply(local.records)
     content["models"] = ArrayRecord({name: Array(theta.numpy()) for name, theta in local.thetas.items()})
     return content
@@ -298,6 +318,28 @@ def _seconds(job: ConfigRecord) -> float:
     if not isinstance(seconds, int | float) or not (math.isfinite(seconds) and 0 <= seconds <= MOST_SECONDS):
         _bad_job("its time is no number of seconds")
     return float(seconds)
+
+
+def _proximal(job: ConfigRecord) -> float:
+    mu = job.get("proximal-mu", 0.0)
+    if not isinstance(mu, float) or not 0 <= mu <= MOST_PROXIMAL:
+        _bad_job("its proximal-mu is no weight")
+    return mu
+
+
+def _networks(job: ConfigRecord) -> list[str]:
+    text = job.get("networks")
+    try:
+        names = strict_json(text if isinstance(text, str) else "", most=LONGEST_CONFIG)
+    except ValueError:
+        names = None
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(n, str) and len(n) <= LONGEST_NAME for n in names)
+    ):
+        _bad_job("it names no networks")
+    return names
 
 
 def _context(msg: Message, data: Dataset) -> SyntheticSet:

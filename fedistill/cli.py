@@ -17,6 +17,7 @@ from rich.table import Table
 from fedistill import __version__
 from fedistill.commands import ledger, release, server, site, study
 from fedistill.commands.audit import SHADOWS, attack, audit, largest, show
+from fedistill.commands.report import report
 from fedistill.commands.shared import (
     KEYS,
     AsJson,
@@ -334,6 +335,7 @@ def bench(
 
 
 app.command()(audit)
+app.command()(report)
 
 
 @app.command()

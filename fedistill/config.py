@@ -173,6 +173,12 @@ class Config:
     step_lr: float = _key(0.1, "learning rate of the logarithm of the student's step size", scope="distill", low=0.0)
     skip_above: float = _key(1.5, "an iteration with a larger matching loss takes no step", scope="distill", low=0.0)
 
+    patience: int = _key(
+        0,
+        "rounds that may follow the best one on validation; then no more are done, and that one counts; 0: all rounds, the last",
+        scope="merge",
+        low=0,
+    )
     merge: str = _key(
         "all",
         "sets that are merged: all, or robust (without those that are suspect beside the others)",
@@ -194,6 +200,16 @@ class Config:
         "learning rate of federated averaging; 0: chosen on validation, or dp_lr with privacy=dp, where every try costs",
         scope="eval",
         low=0.0,
+    )
+    fl_shown: str = _key(
+        "", "earlier rounds of federated averaging that are judged too, a comma list such as 1,10", scope="eval"
+    )
+    fl_mu: float = _key(0.1, "weight of the proximal term of compare=fedprox", scope="eval", low=0.0, high=1e3)
+    compare: str = _key(
+        "",
+        "further arms of comparison, a comma list of fedprox, ensemble, one-shot, ensemble-distilled, fedavg-distilled, "
+        "central-distilled; or all",
+        scope="eval",
     )
     eval_epsilon: float = _key(
         0.0,

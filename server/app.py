@@ -22,6 +22,7 @@ from fedistill.data.partition import Partition, partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import evaluate_arms
+from fedistill.evaluation.calibration import calibration_of
 from fedistill.events import EventLog, claim_folder
 from fedistill.files import write_json
 from fedistill.privacy.rules import check_private
@@ -29,8 +30,8 @@ from fedistill.report.summary import write_summary
 from fedistill.simulation import absolute
 from fedistill.site.feasible import check_settings
 from fedistill.synthetic.store import load_set, save_set
-from server.average import average
-from server.stages import Run, agree, collect_sets, describe_sites, evaluate_at_sites
+from server.compare import compare
+from server.stages import Run, agree, collect_sets, describe_sites, evaluate_at_sites, merged_sets
 
 app = ServerApp()
 
@@ -105,8 +106,11 @@ def run_seed(grid: Grid, config: Config, events: EventLog) -> None:
             def notify(step: int, total: int, message: str) -> None:
                 run.note("", "evaluate", "progress", step=step, total=total, message=message)
 
-            arms = evaluate_arms(config, data, parts, merged, Path(work) / "evaluation", notify)
-            for model, figures in (average(run, nodes, data, needed) if config.fl_rounds else {}).items():
+            rounds = merged_sets(run)
+            arms = evaluate_arms(config, data, parts, merged, Path(work) / "evaluation", notify, rounds)
+            for model, figures in compare(run, nodes, data, parts, merged, needed).items():
                 arms[model] |= figures
+            calibration = calibration_of(config, data, merged, Path(work) / "evaluation")
+            write_json(folder / "calibration.json", calibration)
             write_json(folder / "arms.json", arms)
         write_json(folder / "federated.json", evaluate_at_sites(run, nodes, task, merged))

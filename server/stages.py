@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections import Counter
@@ -23,7 +24,7 @@ from fedistill.data.public import known_modality
 from fedistill.deploy import admitted_file
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures, candidates, global_models
-from fedistill.evaluation.fit import LEARNING_RATES
+from fedistill.evaluation.fit import LEARNING_RATES, Material, select_and_test
 from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
@@ -107,6 +108,10 @@ class Run:
 
     def set_folder(self, round: int, site: str) -> Path:
         return self.folder / f"round-{round}" / f"site-{quote(site, safe='')}"
+
+    def merged_folder(self, round: int) -> Path:
+        """The merged set of a round; that of the run is in `merged`."""
+        return self.folder / f"merged-{round}"
 
     def _read(self, name: str) -> dict[str, Any]:
         return dict(read_json(self.folder / name)) if (self.folder / name).exists() else {}
@@ -194,14 +199,17 @@ def agree(sites: Mapping[str, Mapping[str, Any]]) -> Task:
 
 
 def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int, val: Split | None = None) -> SyntheticSet:
-    """Every round of distillation: the merged set of the last. A site that fails later keeps its last set in it.
+    """Every round of distillation: the merged set of the last, or with `patience` of the best on validation. A site that fails
+    later keeps its last set in it.
 
     val: validation images, where the server has some: with merge=robust they help to tell which sets do harm.
     Raises `FedistillError` ("quorum") if fewer than `needed` sites finish a round.
     """
     sets: dict[str, SyntheticSet] = {}
+    merged: SyntheticSet | None = None
+    best: tuple[tuple[float, ...], int] | None = None
     for round in range(1, run.config.rounds + 1):
-        content = slice_job(run.config, round, run.word, _merged(run, task, sets, val) if sets else None)
+        content = slice_job(run.config, round, run.word, merged)
         there = {site: run.set_folder(round, site) for site in run.sites()}
         finished = {site: load_set(folder) for site, folder in there.items() if folder.exists()}
         first = {node: content for node, site in nodes.items() if site not in finished}
@@ -209,7 +217,43 @@ def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int, va
         sets.update(finished)
         if len(finished) < needed:
             raise _below(needed, len(finished), [(nodes[node], f.reason) for node, f in failures.items()])
-    return _merged(run, task, sets, val)
+        merged = _merged(run, task, sets, val)
+        if run.config.rounds > 1 and not run.merged_folder(round).exists():
+            save_set(merged, run.merged_folder(round))
+        if run.config.patience:
+            worth = _validated(run, nodes, task, merged, val, round)
+            best = max(best or (worth, round), (worth, round), key=lambda one: one[0])  # of equal ones the first
+            if round - best[1] >= run.config.patience:
+                run.note(
+                    "", "collect", "note", message=f"no better on validation since round {best[1]}: no more rounds"
+                )
+                break
+    assert merged is not None  # there is a round
+    return merged if best is None else load_set(run.merged_folder(best[1]))
+
+
+def merged_sets(run: Run) -> list[SyntheticSet]:
+    """The merged set of every round that was done, of several."""
+    folders = (run.merged_folder(round) for round in range(1, run.config.rounds + 1))
+    return [load_set(folder) for folder in folders if folder.exists()]
+
+
+def _validated(
+    run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet, val: Split | None, round: int
+) -> tuple[float, ...]:
+    """What a network that is trained on the merged set is worth on validation images: the server's own, or those of the sites."""
+    file = run.folder / f"validated-{round}.json"
+    if not file.exists():
+        if val is not None:
+            alone = dataclasses.replace(run.config, eval_nets=1)
+            material = Material(merged.images, merged.labels)
+            found = select_and_test(alone, task, architectures(alone)[0], material, val, val)
+            worth = merit(found.val_scores[0], task.kind)
+        else:
+            first = dataclasses.replace(run.config, eval_models=architectures(run.config)[0])
+            worth = max(_worth(run, nodes, task, candidates(first, task, merged))[0].values())
+        write_json(file, {"merit": list(worth)})
+    return tuple(read_json(file)["merit"])
 
 
 def _merged(run: Run, task: Task, sets: Mapping[str, SyntheticSet], val: Split | None) -> SyntheticSet:
@@ -304,16 +348,10 @@ def elect(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) 
     """The global models of a server without data: candidates of every learning rate, of which the sites' validation
     counts elect one per architecture; with no counts, the models of a middle rate. Which it was is in `elected.json`."""
     models = candidates(run.config, task, merged, LEARNING_RATES if run.may_ask else (UNELECTED_RATE,))
-    shape = counts_shape(task.classes, task.kind)
-    totals = {name: torch.zeros(shape, dtype=torch.int64) for name in models}
-    answers = _counts(run, nodes, task, models, "val") if run.may_ask else {}
-    for tables in answers.values():
-        for name, table in tables.items():
-            totals[name] += torch.tensor(table)
-    if not answers:
+    worth, answered = _worth(run, nodes, task, models)
+    if not answered:
         models = {name: theta for name, theta in models.items() if name.endswith(f"@{UNELECTED_RATE}")}
         run.note("", "evaluate", "note", message=f"no validation answers: learning rate {UNELECTED_RATE:g}")
-    worth = {name: merit(from_counts(total, task.kind), task.kind) for name, total in totals.items()}
     elected, rates = {}, {}
     for model in architectures(run.config):
         names = [name for name in models if name.startswith(f"{model}@")]
@@ -322,8 +360,21 @@ def elect(run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet) 
         best = max(names, key=lambda name: worth[name])
         elected[model], rates[model] = models[best], float(best.partition("@")[2])
         write_tensors(run.folder / f"model-{model}.safetensors", {"theta": elected[model]}, {"model": model})
-    write_json(run.folder / "elected.json", {"learning_rate": rates, "by_answers": bool(answers)})
+    write_json(run.folder / "elected.json", {"learning_rate": rates, "by_answers": answered})
     return elected
+
+
+def _worth(
+    run: Run, nodes: Mapping[int, str], task: Task, models: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[float, ...]], bool]:
+    """What each model is worth by the sites' validation counts together, and whether there were any."""
+    shape = counts_shape(task.classes, task.kind)
+    totals = {name: torch.zeros(shape, dtype=torch.int64) for name in models}
+    answers = _counts(run, nodes, task, models, "val") if run.may_ask else {}
+    for tables in answers.values():
+        for name, table in tables.items():
+            totals[name] += torch.tensor(table)
+    return {name: merit(from_counts(total, task.kind), task.kind) for name, total in totals.items()}, bool(answers)
 
 
 def _counts(

@@ -84,6 +84,9 @@ def run(
     data: Data = None,
     seeds: Seeds = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at the same time, each with its share of cores.")] = 1,
+    track: Annotated[
+        str, typer.Option("--track", help="Send finished cells to mlflow, tensorboard or wandb as well.")
+    ] = "",
     settings: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -93,7 +96,7 @@ def run(
 
     chosen, folder = _study(study, data, seeds, settings), _folder(out)
     typed = "fedistill " + " ".join(sys.argv[1:])
-    summary = run_study(chosen, cells_of(chosen), folder, screen, jobs=jobs, command=typed)
+    summary = run_study(chosen, cells_of(chosen), folder, screen, jobs=jobs, command=typed, tracker=track)
     if as_json:
         print(json.dumps(summary, indent=1))
     for cell in summary["failed"][:SHOWN_FAILURES]:
@@ -115,9 +118,10 @@ def show(
     """Table of what the cells reached: mean and deviation over seeds."""
     from fedistill.bench.tables import markdown_table
     from fedistill.report.tables import METRICS
+    from fedistill.study.results import read_folder
     from fedistill.study.tables import caption, cells_table, chosen, headline
 
-    about, rows = _results(out)
+    about, rows = read_folder(_folder(out))
     if metric is not None and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     model = chosen(rows, "eval_model", model)
@@ -155,19 +159,19 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Draw one figure as SVG and PDF, and the interactive page with all of them."""
-    from fedistill.files import write_bytes
-    from fedistill.study.plots import axes_of, page, write_plots
+    from fedistill.study.page import write_page
+    from fedistill.study.plots import axes_of, write_plots
+    from fedistill.study.results import read_folder
     from fedistill.study.tables import chosen, headline
 
-    about, rows = _results(out)
+    about, rows = read_folder(_folder(out))
     chosen(rows, "eval_model", None)  # something is finished
     varied = about["varied"]
     if x is None and not varied:
         raise FedistillError("nothing-varies", "The study varies nothing: say --x trained_on, for the arms.")
     axes = axes_of(rows, varied, x=x or varied[0], y=y or headline(rows), by=by or "", where=pairs(where, "--where"))
     files = write_plots(rows, axes, about["title"], _folder(out) / "plots")
-    files.append(_folder(out) / "study.html")
-    write_bytes(files[-1], page(about["title"], rows, varied))
+    files.append(write_page(_folder(out)))
     if as_json:
         print(json.dumps({"files": [str(path) for path in files]}, indent=1))
     else:
@@ -188,15 +192,3 @@ def _study(name: str, data: str | None, seeds: int | None, settings: list[str] |
 
 def _folder(out: str) -> Path:
     return Path(out).expanduser().resolve()
-
-
-def _results(out: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `study.json` and `results.csv` of a folder say."""
-    from fedistill.files import read_json
-    from fedistill.study.results import read_results
-
-    folder = _folder(out)
-    rows = read_results(folder / "results.csv")
-    if not (folder / "study.json").exists():
-        raise FedistillError("missing-file", f"There is no {folder / 'study.json'}: run the study first.")
-    return dict(read_json(folder / "study.json")), rows

@@ -37,6 +37,7 @@ class Arm:
     name: str
     materials: list[Material]
     upload_bytes: int
+    rounds: int | None = None  # after which it is judged, where there are several
 
     @property
     def images(self) -> float:
@@ -82,15 +83,25 @@ def draw_as_many(labels: Tensor, counts: Sequence[int], rng: torch.Generator) ->
     return torch.cat([found, rest[torch.randperm(len(rest), generator=rng)[: sum(counts) - len(found)]]])
 
 
-def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSet) -> Iterator[Arm]:
-    """The four arms of one seed; sites that are not in the merged set are left out of "random real" and "local only" too."""
+def all_arms(
+    config: Config, data: Dataset, part: Partition, merged: SyntheticSet, rounds: Sequence[SyntheticSet] = ()
+) -> Iterator[Arm]:
+    """The four arms of one seed; sites that are not in the merged set are left out of "random real" and "local only" too.
+
+    rounds: the merged set of every round, where there were several; an upload is that of all rounds up to then.
+    """
     counts = {
         name: torch.bincount(merged.groups[merged.of_site(name)], minlength=data.classes).tolist()
         for name in merged.sites
     }
     task = task_of(data)
     pixels = math.prod(data.geometry)  # bytes of a real image
-    yield Arm("distilled", [Material(merged.images, merged.labels)], size(*encode(merged)))
+    sent = 0
+    for round, made in enumerate(rounds, start=1):
+        sent += size(*encode(made))
+        if round < len(rounds):
+            yield Arm(f"distilled-{round}", [Material(made.images, made.labels)], sent, round)
+    yield Arm("distilled", [Material(merged.images, merged.labels)], sent or size(*encode(merged)), len(rounds) or None)
     random = random_real(data, part, counts, config.seed)
     yield Arm("random_real", [of_split(random, task)], len(random) * pixels)
     local = [data.train.take(i["train"]) for name, i in zip(part.names, part.index, strict=True) if name in counts]
@@ -100,13 +111,19 @@ def all_arms(config: Config, data: Dataset, part: Partition, merged: SyntheticSe
 
 
 def evaluate_arms(
-    config: Config, data: Dataset, part: Partition, merged: SyntheticSet, folder: Path, notify: Notify
+    config: Config,
+    data: Dataset,
+    part: Partition,
+    merged: SyntheticSet,
+    folder: Path,
+    notify: Notify,
+    rounds: Sequence[SyntheticSet] = (),
 ) -> dict[str, dict[str, Any]]:
     """Figures of one seed: `{architecture: {arm: figures}}`. Every arm that is finished is kept in `folder` and not done again.
 
-    Two runs that share `folder` share the arms that do not depend on the synthetic set.
+    Two runs that share `folder` share the arms that do not depend on the synthetic set. rounds: see `all_arms`.
     """
-    task, todo = task_of(data), list(all_arms(config, data, part, merged))
+    task, todo = task_of(data), list(all_arms(config, data, part, merged, rounds))
     names = architectures(config)
     jobs = [(model, arm) for model in names for arm in todo]
     results: dict[str, dict[str, Any]] = {model: {} for model in names}
@@ -123,6 +140,8 @@ def _evaluate(config: Config, task: Task, data: Dataset, model: str, arm: Arm, f
         return read_json(path)
     runs = [select_and_test(config, task, model, material, data.val, data.test) for material in arm.materials]
     figures = figures_of(runs) | {"images": arm.images, "upload_bytes": arm.upload_bytes}
+    if arm.rounds:
+        figures["rounds"] = arm.rounds
     if arm.name == "distilled":
         write_tensors(folder / f"model-{_key(config, model, arm.materials)}.safetensors", {"theta": runs[0].thetas[0]})
     write_json(path, figures)

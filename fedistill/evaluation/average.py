@@ -1,4 +1,5 @@
-"""Federated averaging (McMahan et al., AISTATS 2017) as an arm, under the protocol of all others (`evaluation.fit`).
+"""Federated averaging (McMahan et al., AISTATS 2017), also with FedProx's proximal term, under the protocol of all others
+(`evaluation.fit`).
 
     theta <- sum_i n_i theta_i / sum_i n_i
 
@@ -8,7 +9,6 @@ that Flower has for it, so that it is the same without Flower; and that strategy
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import Partition
+from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures, figures_of
 from fedistill.evaluation.fit import Result, choose_and_test
 from fedistill.experts.train import Task
@@ -33,10 +34,6 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 Ask = Callable[[int, dict[str, Tensor]], Mapping[str, Local]]  # round, global parameters -> the answer of each site
 
 
-def arm_of(config: Config) -> str:
-    return "dp-fedavg" if config.privacy == "dp" else "fedavg"
-
-
 def averaged_models(config: Config) -> list[str]:
     """The architectures that are averaged: in private work only the headline's, since every network costs noise."""
     return architectures(config)[:1] if config.privacy == "dp" else architectures(config)
@@ -49,10 +46,34 @@ def rates_of(config: Config) -> tuple[float, ...]:
     return (config.dp_lr,) if config.privacy == "dp" else RATES
 
 
+def shown_rounds(config: Config) -> list[int]:
+    """The rounds after which the networks are judged, the last one last.
+
+    Raises `FedistillError` on a round that there is not, and in private work, where the noise is for all rounds together.
+    """
+    words = [word.strip() for word in config.fl_shown.split(",") if word.strip()]
+    try:
+        earlier = sorted({int(word) for word in words})
+    except ValueError:
+        raise FedistillError("bad-value", f"fl_shown={config.fl_shown} is no list of rounds such as 1,10.") from None
+    if earlier and not 0 < earlier[0] <= earlier[-1] < config.fl_rounds:
+        raise FedistillError(
+            "bad-value",
+            f"fl_shown={config.fl_shown}: earlier rounds than the last of fl_rounds={config.fl_rounds} are shown.",
+        )
+    if earlier and config.privacy == "dp":
+        raise FedistillError(
+            "not-private",
+            f"fl_shown={config.fl_shown}: with privacy=dp the noise is for all fl_rounds, and fewer would need less of it; "
+            "run them by themselves.",
+        )
+    return [*earlier, config.fl_rounds]
+
+
 def fedavg(config: Config, data: Dataset, parts: Partition, folder: Path) -> dict[str, Any]:
     """Figures of the arm with the first of `config.eval_models`; otherwise as `average_sites`."""
     result, upload = average_sites(config, data, [parts.at(data, place) for place in range(len(parts))], folder)
-    return _figures(result, upload)
+    return _figures(result, upload, config.fl_rounds)
 
 
 def average_sites(config: Config, data: Dataset, sites: Sequence[Dataset], folder: Path) -> tuple[Result, int]:
@@ -68,16 +89,29 @@ def average_sites(config: Config, data: Dataset, sites: Sequence[Dataset], folde
             for site in sites
         }
 
-    return averaged(config, data, architectures(config)[0], ask, folder / "rounds")
+    return averaged(config, data, architectures(config)[0], ask, folder / "rounds", config.fl_rounds, rates_of(config))
 
 
-def evaluate_average(config: Config, data: Dataset, model: str, ask: Ask, folder: Path) -> dict[str, Any]:
-    """Figures of the arm, as `arms.evaluate_arms` has them of others."""
-    return _figures(*averaged(config, data, model, ask, folder))
+def evaluate_average(
+    config: Config, data: Dataset, model: str, ask: Ask, folder: Path, arm: str
+) -> dict[str, dict[str, Any]]:
+    """Figures of `arm`, as `arms.evaluate_arms` has them of others, and of `arm-R` after each earlier round R that is shown.
+
+    After each of these the better half of the learning rates goes on (successive halving, Jamieson and Talwalkar, AISTATS 2016).
+    """
+    figures, rates = {}, rates_of(config)
+    for rounds in shown_rounds(config):
+        name = arm if rounds == config.fl_rounds else f"{arm}-{rounds}"
+        result, upload = averaged(config, data, model, ask, folder, rounds, rates)
+        figures[name] = _figures(result, upload, rounds)
+        rates = result.rates[: -(-len(rates) // 2)]
+    return figures
 
 
-def averaged(config: Config, data: Dataset, model: str, ask: Ask, folder: Path) -> tuple[Result, int]:
-    """The arm with one architecture, and bytes; finished rounds are kept in `folder` and not asked for again.
+def averaged(
+    config: Config, data: Dataset, model: str, ask: Ask, folder: Path, rounds: int, rates: Sequence[float]
+) -> tuple[Result, int]:
+    """The arm with one architecture after so many rounds, and bytes; finished rounds are kept in `folder` and not asked for again.
 
     The networks begin where those of other arms begin. The bytes are what the sites sent for one network, over all rounds; what
     the other learning rates and the repetitions took is not in it, as it is in no other arm's.
@@ -85,36 +119,44 @@ def averaged(config: Config, data: Dataset, model: str, ask: Ask, folder: Path) 
     task, sent = task_of(data), []
 
     def train(todo: Sequence[tuple[float, int]]) -> list[Tensor]:
-        thetas, uploads = run_rounds(config, _initial(config, task, model, todo), ask, folder)
+        thetas, uploads = run_rounds(_initial(config, task, model, todo), ask, folder, rounds)
         sent.append(uploads)
         return thetas
 
     nets = 1 if config.privacy == "dp" else config.eval_nets
-    rates = rates_of(config)
     result = choose_and_test(config, task, model, train, data.val, data.test, rates=rates, nets=nets)
     return result, sent[0][rates.index(result.learning_rate)]
 
 
-def run_rounds(config: Config, start: Mapping[str, Tensor], ask: Ask, folder: Path) -> tuple[list[Tensor], list[int]]:
-    """All rounds from the parameters `start` `(P,)` of each network: its last ones, and the bytes that the sites sent of it.
+def path_of(config: Config, task: Task, model: str, folder: Path, rate: float) -> Tensor:
+    """The global parameters `(R+1, P)` before the first and after each round that `averaged` left in `folder`, of the first network
+    at `rate`."""
+    ((name, theta),) = _initial(config, task, model, [(rate, config.seed)]).items()
+    files = [_round_file(folder, name, round) for round in range(1, config.fl_rounds + 1)]
+    return torch.stack([theta, *(read_tensors(file)[0]["theta"] for file in files)])
+
+
+def run_rounds(start: Mapping[str, Tensor], ask: Ask, folder: Path, rounds: int) -> tuple[list[Tensor], list[int]]:
+    """So many rounds from the parameters `start` `(P,)` of each network: its last ones, and the bytes that the sites sent of it.
 
     A network that diverged is not asked about again.
     """
     thetas, sent = dict(start), dict.fromkeys(start, 0)
-    batch = folder / hashlib.sha256("|".join(start).encode()).hexdigest()[:12]
-    for round in range(1, config.fl_rounds + 1):
-        sound = {name: theta for name, theta in thetas.items() if torch.isfinite(theta).all()}
-        if not sound:
-            break
-        file = batch / f"round-{round}.safetensors"
-        if not file.exists():
-            answers = list(ask(round, sound).values())
-            write_tensors(file, mean_of(answers), {"answers": len(answers)})
-        found, about = read_tensors(file)
-        thetas |= found
-        for name, theta in found.items():
-            sent[name] += about["answers"] * theta.numel() * theta.element_size()
+    for round in range(1, rounds + 1):
+        files = {n: _round_file(folder, n, round) for n, theta in thetas.items() if torch.isfinite(theta).all()}
+        if new := {name: thetas[name] for name, file in files.items() if not file.exists()}:
+            answers = list(ask(round, new).values())
+            for name, theta in mean_of(answers).items():
+                write_tensors(files[name], {"theta": theta}, {"answers": len(answers)})
+        for name, file in files.items():
+            found, about = read_tensors(file)
+            thetas[name] = found["theta"]
+            sent[name] += about["answers"] * thetas[name].numel() * thetas[name].element_size()
     return list(thetas.values()), list(sent.values())
+
+
+def _round_file(folder: Path, name: str, round: int) -> Path:
+    return folder / name / f"round-{round}.safetensors"
 
 
 def mean_of(answers: Sequence[Local]) -> dict[str, Tensor]:
@@ -126,8 +168,8 @@ def mean_of(answers: Sequence[Local]) -> dict[str, Tensor]:
     }
 
 
-def _figures(result: Result, upload: int) -> dict[str, Any]:
-    return figures_of([result]) | {"images": None, "upload_bytes": upload}
+def _figures(result: Result, upload: int, rounds: int) -> dict[str, Any]:
+    return figures_of([result]) | {"images": None, "upload_bytes": upload, "rounds": rounds}
 
 
 def _initial(config: Config, task: Task, model: str, todo: Sequence[tuple[float, int]]) -> dict[str, Tensor]:

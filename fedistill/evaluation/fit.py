@@ -77,6 +77,11 @@ def predict(net: Flat, theta: Tensor, images: Tensor, task: Task) -> Tensor:
     return probabilities.nan_to_num(nan=1 / probabilities.shape[1])
 
 
+def predict_together(net: Flat, thetas: Tensor, images: Tensor, task: Task) -> Tensor:
+    """The mean answer `(n, K)` of several networks `(S, P)`."""
+    return torch.stack([predict(net, theta, images, task) for theta in thetas]).mean(0)
+
+
 @dataclass(frozen=True)
 class Result:
     """One arm with one architecture: scores of each network, the learning rate chosen, and the work it took.
@@ -89,6 +94,7 @@ class Result:
     learning_rate: float
     seconds: float
     thetas: list[Tensor]
+    rates: tuple[float, ...] = ()
 
 
 def select_and_test(config: Config, task: Task, model: str, material: Material, val: Split, test: Split) -> Result:
@@ -99,24 +105,35 @@ def select_and_test(config: Config, task: Task, model: str, material: Material, 
 
 @one_thread()
 def choose_and_test(
-    config: Config, task: Task, model: str, train: Train, val: Split, test: Split, *, rates: Sequence[float], nets: int
+    config: Config,
+    task: Task,
+    model: str,
+    train: Train,
+    val: Split,
+    test: Split,
+    *,
+    rates: Sequence[float],
+    nets: int,
+    answer: Callable[[Flat, Tensor, Tensor, Task], Tensor] = predict,
 ) -> Result:
-    """As `select_and_test`, whatever `train` does to get its networks: at each of `rates`, then `nets` at the best."""
+    """As `select_and_test`, whatever `train` does to get its networks: at each of `rates`, then `nets` at the best.
+
+    answer: the probabilities `(n, K)` that what `train` returns gives for images.
+    """
     began = time.monotonic()
     net = task.network(model, config)
     searched = train([(lr, config.seed) for lr in rates])
-    chosen = max(
-        range(len(rates)),
-        key=lambda i: merit(score(predict(net, searched[i], val.images, task), val.labels, task.kind), task.kind),
-    )
+    worth = [merit(score(answer(net, theta, val.images, task), val.labels, task.kind), task.kind) for theta in searched]
+    order = sorted(range(len(rates)), key=lambda i: worth[i], reverse=True)
+    chosen = order[0]
     lr = rates[chosen]
     more = [(lr, config.seed + 1000 * n) for n in range(1, nets)]
     thetas = [searched[chosen], *(train(more) if more else ())]
     on_test, on_val = (
-        [score(predict(net, theta, part.images, task), part.labels, task.kind) for theta in thetas]
+        [score(answer(net, theta, part.images, task), part.labels, task.kind) for theta in thetas]
         for part in (test, val)
     )
-    return Result(on_test, on_val, lr, time.monotonic() - began, thetas)
+    return Result(on_test, on_val, lr, time.monotonic() - began, thetas, tuple(rates[i] for i in order))
 
 
 def fit_all(

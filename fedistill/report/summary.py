@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from typing import Any
 import torch
 
 from fedistill.config import Config, make_config
-from fedistill.data.dataset import combined
+from fedistill.data.dataset import Split, combined
+from fedistill.data.sources import load_data
 from fedistill.evaluation.arms import architectures
+from fedistill.evaluation.calibration import over_seeds
+from fedistill.evaluation.comparators import ALONE, comparators
+from fedistill.evaluation.intervals import recognised
 from fedistill.evaluation.metrics import NAMES, counts_shape, from_counts, images_in, mean_std
 from fedistill.events import read_events
 from fedistill.files import read_json, write_bytes, write_json
@@ -34,6 +39,7 @@ FLAGS = (
     "privacy", "epsilon", "delta", "unit", "preset", "out", "work",
 )  # fmt: skip
 Json = dict[str, Any]
+PHANTOMS = 5  # real images of each class that a report on phantoms shows
 ODDITIES = ("copies", "trigger", "excess", "agreement", "rest")  # figures of `synthetic.suspect`
 _ENDS = {"late": "answered late"}
 
@@ -42,19 +48,49 @@ def write_summary(config: Config, run: Path) -> Json:
     """Write `summary.json`, `report.html` and `results.md` of the run in folder `run`, and return the summary."""
     folders = [run / f"seed-{seed}" for seed in range(config.seed, config.seed + config.seeds)]
     summary = summarise(config, run, folders)
-    first = read_json(folders[0] / "sites.json")
-    last_round = folders[0] / f"round-{config.rounds}"
-    sets = {s.sites[0]: s for s in (load_set(path.parent) for path in sorted(last_round.glob("*/manifest.json")))}
-    curves = read_json(folders[0] / "curves.json") if (folders[0] / "curves.json").exists() else {}
-    page = render_report(summary, sets, {name: [(k, v) for k, v in curves.get(name, [])] for name in first})
     write_json(run / "summary.json", summary)
-    write_bytes(run / "report.html", page.encode())
+    write_report(run, summary)
     words = [text for text in (verdict(summary), guarantee(summary), attacked(summary)) if text]
     write_bytes(
         run / "results.md",
         "\n".join([arms_markdown(summary), "\n\n".join(words), f"\n    {summary['command']}\n"]).encode(),
     )
     return summary
+
+
+def write_report(run: Path, summary: Json) -> Path:
+    """Write `report.html` from the summary, and the sets and curves of the first seed that are in folder `run`; returns its path.
+
+    No figure is computed anew, so the page of an old run tells what that run found. A copy for others (`results.fetch`) has the
+    merged set only, which is divided by site.
+    """
+    config, folder = summary["config"], run / f"seed-{summary['seed']}"
+    rounds = [path for k in range(config["rounds"], 0, -1) if (path := folder / f"round-{k}").exists()]
+    sets = {s.sites[0]: s for s in map(load_set, _folders(rounds[0]))} if rounds else {}  # of the last that was run
+    if not sets and (folder / "merged").exists():
+        merged = load_set(folder / "merged")
+        sets = {name: merged.part_of(name) for name in merged.sites}
+    curves = read_json(folder / "curves.json") if (folder / "curves.json").exists() else {}
+    told = {str(site["name"]): [(k, v) for k, v in curves.get(site["name"], [])] for site in summary["sites"]}
+    path = run / "report.html"
+    write_bytes(path, render_report(summary, sets, told, _phantoms(summary)).encode())
+    return path
+
+
+def _folders(of_round: Path) -> list[Path]:
+    return [path.parent for path in sorted(of_round.glob("*/manifest.json"))]
+
+
+def _phantoms(summary: Json) -> Split | None:
+    """Some of the real images of a simulation on phantoms, the first of every class; None of anybody else's images."""
+    known = {f.name for f in fields(Config)}
+    config = Config(**{key: value for key, value in summary["config"].items() if key in known})
+    if config.data != "phantom" or config.server_data != "same":
+        return None
+    train = load_data(config.with_seed(summary["seed"])).train
+    groups = train.groups
+    index = [torch.nonzero(groups == group).flatten()[:PHANTOMS] for group in groups.unique()]
+    return train.take(torch.cat(index))
 
 
 def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
@@ -69,7 +105,8 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
     else:  # a server without data knows only what the sites counted
         pooled = [{"distilled": _pooled(folder, headline, kind)} for folder in folders]
         by_model = {headline: _arms(pooled, class_names, kind)}
-    federated = _federated(folders, headline, kind)
+    federated = _federated(folders, headline, kind, [] if config.privacy == "dp" else class_names)
+    reliable = [read_json(f / "calibration.json") for f in folders if (f / "calibration.json").exists()]
     events, _ = read_events(run / "events.jsonl")
     engine = read_json(run / "engine.json") if (run / "engine.json").exists() else {}
     names = sorted({name for seed in sites for name in seed})
@@ -87,7 +124,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         "seeds": list(range(config.seed, config.seed + config.seeds)),
         "command": command_of(config),
         "data": {
-            "name": Path(config.data).stem,
+            "name": Path(config.data).stem if config.server_data == "same" else None,
             "kind": kind,
             "modality": about["modality"],
             "class_names": class_names,
@@ -101,6 +138,7 @@ def summarise(config: Config, run: Path, folders: Sequence[Path]) -> Json:
         "arms": by_model.get(headline, {}),
         "cross_architecture": {model: figures for model, figures in by_model.items() if model != headline},
         "federated": federated,
+        "calibration": over_seeds(reliable) if len(reliable) == len(folders) else None,
         "privacy": _union(config, promises) if config.privacy == "dp" else None,
         "audit": _audit(run / "audit" / "audit.json"),
         "peak_memory_bytes": engine.get("peak_memory_bytes"),
@@ -148,6 +186,7 @@ def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
         "unit": claim.unit or None,
         "statement": claim.sentence,
         "averaging_epsilon": config.epsilon if config.fl_rounds else None,
+        "alone_epsilon": config.epsilon if set(ALONE) & set(comparators(config)) else None,
         "answers_epsilon": config.eval_epsilon or None,
         "simulated": config.server_data == "same",
     }
@@ -230,6 +269,8 @@ def _arms(seeds: Sequence[Json], class_names: Sequence[str], kind: str) -> Json:
     """Arm -> figures over seeds."""
     result = {}
     for arm in seeds[0]:
+        if not all(arm in seed for seed in seeds):  # an earlier round of a seed that went on for longer
+            continue
         runs = [seed[arm] for seed in seeds]
         figures: Json = {"std_over": "seeds" if len(runs) > 1 else "networks"}
         for name in NAMES[kind]:
@@ -243,6 +284,8 @@ def _arms(seeds: Sequence[Json], class_names: Sequence[str], kind: str) -> Json:
         for name in ("images", "upload_bytes", "seconds"):
             figures[name] = mean_std([r[name] for r in runs])["mean"]
         figures["learning_rate"] = [rate for r in runs for rate in r["learning_rate"]]
+        if "rounds" in runs[0]:
+            figures["rounds"] = runs[0]["rounds"]
         result[arm] = figures
     return result
 
@@ -272,18 +315,24 @@ def _site(name: str, seeds: Sequence[Json], class_names: Sequence[str]) -> Json:
     }
 
 
-def _federated(folders: Sequence[Path], headline: str, kind: str) -> Json:
-    """How the global model does at each site, from the counts that the sites sent; they are summed over seeds."""
+def _federated(folders: Sequence[Path], headline: str, kind: str, class_names: Sequence[str]) -> Json:
+    """How the global model does at each site, from the counts that the sites sent; they are summed over seeds.
+
+    class_names: of the classes whose counts are shown, means over seeds; none where the counts are noisy.
+    """
     totals: dict[str, torch.Tensor] = {}
     for folder in folders:
         if (folder / "federated.json").exists():
             for site, answer in read_json(folder / "federated.json").items():
                 counts = torch.tensor(answer[headline])
                 totals[site] = totals.get(site, torch.zeros_like(counts)) + counts
-    figures: Mapping[str, Json] = {
-        site: from_counts(counts, kind) | {"images": images_in(counts) // len(folders)}
-        for site, counts in totals.items()
-    }
+    figures: dict[str, Json] = {}
+    for site, counts in totals.items():
+        shares = [{"right": right / len(folders), "of": of / len(folders)} for right, of in recognised(counts, kind)]
+        figures[site] = from_counts(counts, kind) | {
+            "images": images_in(counts) // len(folders),
+            "recognised": dict(zip(class_names, shares, strict=True)) if class_names else None,
+        }
     return {"distilled": figures} if figures else {}
 
 

@@ -16,9 +16,17 @@ ARM_NAMES = {
     "random_real": "Random real images",
     "local_only": "Local only",
     "fedavg": "Federated averaging",
-    "dp-fedavg": "Private federated averaging",
+    "fedprox": "Federated averaging with a proximal term",
+    "fedavg-distilled": "Way of federated averaging, distilled",
+    "one-shot": "One averaging of local networks",
+    "ensemble": "Ensemble of local networks",
+    "ensemble-distilled": "Ensemble, distilled on phantoms",
+    "central-distilled": "Distilled from all images together",
     "centralised": "Centralised",
 }
+# What the server makes these of is no image, but parameters.
+OF_PARAMETERS = ("fedavg", "fedprox", "one-shot", "ensemble", "ensemble-distilled")
+PRIVATE = "dp-"  # before the name of an arm that its sites paid for
 METRICS = {
     "balanced_accuracy": "Balanced accuracy",
     "accuracy": "Accuracy",
@@ -40,7 +48,20 @@ BEST = "★"
 
 
 def arm_name(arm: str) -> str:
-    return ARM_NAMES.get(arm, plain(arm))
+    """`dp-fedavg-10`: Private federated averaging, 10 rounds."""
+    name, rounds = without_rounds(arm)
+    known = ARM_NAMES.get(name.removeprefix(PRIVATE))
+    if known is None:
+        return plain(arm)
+    if name.startswith(PRIVATE):
+        known = f"Private {known[0].lower()}{known[1:]}"
+    return known + (f", {rounds} round{'s' * (rounds > 1)}" if rounds else "")
+
+
+def without_rounds(arm: str) -> tuple[str, int]:
+    """The name of an arm, and the number of its round; 0 where it is the last."""
+    name, _, last = arm.rpartition("-")
+    return (name, int(last)) if name and last.isdecimal() else (arm, 0)
 
 
 def kind_of(summary: Mapping[str, Any]) -> str:
@@ -76,12 +97,20 @@ def best_means(summary: Mapping[str, Any]) -> str:
 
 def images_of(key: str, arm: Mapping[str, Any]) -> str:
     """How many images an arm is made of; "-" where parameters travel and no images."""
-    return "-" if key in ("fedavg", "dp-fedavg") else number(arm.get("images"))
+    name, _ = without_rounds(key)
+    return "-" if name.removeprefix(PRIVATE) in OF_PARAMETERS else number(arm.get("images"))
 
 
 def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(key, arm) of every arm: the known ones in the order of `ARM_NAMES`, then the others."""
-    for key in [*(k for k in ARM_NAMES if k in arms), *(k for k in arms if k not in ARM_NAMES)]:
+    """(key, arm) of every arm: the known ones in the order of `ARM_NAMES`, earlier rounds first, then the others."""
+    known = list(ARM_NAMES)
+
+    def place(key: str) -> tuple[int, float]:
+        name, rounds = without_rounds(key)
+        name = name.removeprefix(PRIVATE)
+        return (known.index(name), rounds or math.inf) if name in known else (len(known), 0)
+
+    for key in sorted(arms, key=place):
         yield key, arms[key] or {}
 
 
@@ -194,6 +223,10 @@ def guarantee(summary: Mapping[str, Any]) -> str:
             "Federated averaging, run for comparison, cost each site up to another "
             f"epsilon={union['averaging_epsilon']:g} on the same images."
         )
+    if union.get("alone_epsilon"):
+        words.append(
+            f"So did, up to epsilon={union['alone_epsilon']:g}, the networks that sites trained alone for comparison."
+        )
     if union.get("answers_epsilon"):
         words.append(
             f"Validation and test images are other people's: each site's answers on them cost epsilon={union['answers_epsilon']:g}."
@@ -276,6 +309,11 @@ def score(value: Any) -> str:
     if mean is None:
         return MISSING
     return _thousandths(mean) if std is None else f"{_thousandths(mean)} ± {_thousandths(std)}"
+
+
+def between(ends: Any) -> str:
+    """An interval as `.601 to .744`."""
+    return f"{_thousandths(ends[0])} to {_thousandths(ends[1])}" if ends else MISSING
 
 
 def number(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A site's part in federated averaging, the comparison in which parameters travel instead of images.
+"""A site's part in the comparisons in which parameters travel instead of images: federated averaging, and networks trained alone.
 
 A network is named "model@rate@seed" in messages: its architecture, its learning rate, and the seed that it began with.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from torch import Tensor
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
+from fedistill.evaluation.fit import fit, of_split
 from fedistill.experts.train import Task, sgd
 from fedistill.files import read_tensors, write_tensors
 from fedistill.memory import one_thread
@@ -54,11 +55,13 @@ def train_round(
     *,
     round: int,
     thetas: Mapping[str, Tensor],
+    mu: float = 0.0,
     run: str = "",
     cap: Cap | None = None,
 ) -> Local:
     """`config.fl_steps` SGD steps on the site's training images from each of the global parameters `(P,)`.
 
+    mu: weight of the proximal term mu/2 |theta - theta_global|^2 (FedProx, Li et al., MLSys 2020, eq. 2).
     run: a word for the federated run, whose rounds have one plan. cap: the most that may ever be spent on the site's records.
     Asked again, it answers the same. Raises `FedistillError` on a round that is not one of `config.fl_rounds`, on parameters
     that do not fit, and in private work on all that the plan does not cover: a second network, or a round that was answered
@@ -73,15 +76,41 @@ def train_round(
     for name, theta in thetas.items():
         _check(config, task, name, theta)
     if config.privacy == "dp":
+        if mu:
+            raise FedistillError("not-private", "FedProx is compared without privacy only: leave it out of compare.")
         return _private_round(config, task, data, site, work, round, thetas, run, cap)
     answers = {}
     for name, theta in thetas.items():
-        model, rate = _read(name)
+        model, rate, _ = _read(name)
         rng = generator(config.seed, "average", site, name, round)
-        step, theta = sgd(config, task, task.network(model, config), data.train, rate, rng), _on_device(config, theta)
+        step, start = sgd(config, task, task.network(model, config), data.train, rate, rng), _on_device(config, theta)
+        theta = start
         for _ in range(config.fl_steps):
-            theta = step(theta)
+            theta = step(theta) - rate * mu * (theta - start)
         answers[name] = theta.cpu()
+    return Local(answers, len(data.train))
+
+
+@one_thread()
+def train_alone(
+    config: Config, data: Dataset, site: str, work: Path, *, names: Sequence[str], run: str = "", cap: Cap | None = None
+) -> Local:
+    """One network for each of `names` as other arms train theirs (`evaluation.fit`), from parameters that all sites begin with.
+
+    In private work one network of `config.expert_steps` steps, under the same guarantee as a round of averaging.
+    """
+    task = task_of(data)
+    if config.privacy == "dp":
+        start = {}
+        for name in names:
+            model, _, seed = _read(name)
+            start[name] = task.network(model, config).initial(generator(seed, "global", model))
+        once = dataclasses.replace(config, fl_rounds=1, fl_steps=config.expert_steps)
+        return train_round(once, data, site, work, round=1, thetas=start, run=f"{run}-alone", cap=cap)
+    answers = {}
+    for name in names:
+        model, rate, seed = _read(name)
+        answers[name] = fit(config, task, model, of_split(data.train, task), lr=rate, seed=seed)
     return Local(answers, len(data.train))
 
 
@@ -100,7 +129,7 @@ def _private_round(
     if len(thetas) != 1:
         raise FedistillError("many-networks", f"The plan pays for one network, and the server sent {len(thetas)}.")
     ((name, theta),) = thetas.items()
-    model, rate = _read(name)
+    model, rate, _ = _read(name)
     asked = hashlib.sha256(name.encode() + theta.cpu().numpy().tobytes()).hexdigest()
     key = f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts', 'eval')}-{quote(run, safe='')}"
     folder = site_folder(work, site) / f"average-{key}"
@@ -125,19 +154,19 @@ def _private_round(
     return Local({name: parts["theta"]}, int(about["records"]))
 
 
-def _read(name: str) -> tuple[str, float]:
-    """Architecture and learning rate of a network. Raises `FedistillError` on what `name_of` cannot have written."""
+def _read(name: str) -> tuple[str, float, int]:
+    """Architecture, learning rate and seed of a network. Raises `FedistillError` on what `name_of` cannot have written."""
     try:
-        model, rate, _ = name.split("@")
+        model, rate, seed = name.split("@")
         if 0 < float(rate) < math.inf:
-            return model, float(rate)
+            return model, float(rate), int(seed)
     except ValueError:
         pass
     raise FedistillError("bad-model", "A network of the server has no name of the form model@rate@seed.")
 
 
 def _check(config: Config, task: Task, name: str, theta: Tensor) -> None:
-    model, _ = _read(name)
+    model, _, _ = _read(name)
     size = task.network(model, config).size
     if theta.dtype != torch.float32 or theta.shape != (size,) or not torch.isfinite(theta).all():
         raise FedistillError("bad-model", f"The global model does not fit: {model} has {size} finite parameters.")

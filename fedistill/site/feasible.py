@@ -6,6 +6,8 @@ from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures
+from fedistill.evaluation.average import shown_rounds
+from fedistill.evaluation.comparators import comparators
 from fedistill.experts.train import Task, architectures_of
 from fedistill.matching.problem import check_segment
 from fedistill.methods.registry import method_of
@@ -29,11 +31,19 @@ def check_settings(config: Config, task: Task) -> None:
             "not-for-method",
             f"rounds={config.rounds} needs trajectory matching, and method={config.method} is none: use ptm, or one round.",
         )
-    if config.fl_rounds and config.server_data == "none":
+    if config.patience and config.privacy == "dp":
         raise FedistillError(
-            "no-comparison",
-            f"fl_rounds={config.fl_rounds} is for comparison, on data that the server has: use fl_rounds=0 or server_data=same.",
+            "not-private",
+            f"patience={config.patience} would choose on private validation images: leave it out with privacy=dp.",
         )
+    for key, value in (("fl_rounds", config.fl_rounds), ("compare", config.compare)):
+        if value and config.server_data == "none":
+            raise FedistillError(
+                "no-comparison",
+                f"{key}={value} is for comparison, on data that the server has: leave it out, or use server_data=same.",
+            )
+    comparators(config)
+    shown_rounds(config)
     task.operations(config)
     if task.kind == "multilabel" and config.budget != "equal":
         raise FedistillError(

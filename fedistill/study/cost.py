@@ -5,6 +5,7 @@ The unit of time is one image through one training step of a ConvNet of width 32
     experts      sites x experts x steps x batch                       once for all cells that share them
     distillation sites x rounds x iterations x images per iteration    (a trajectory's step counts four times: there and back twice)
     evaluation   arms x models x (5 learning rates + networks - 1) x steps x batch    the arms on real images once
+    comparison   rounds x sites x steps x batch x learning rates that go on, for the arms that `compare` and `fl_rounds` ask for
 
 Where cells of the study are finished, the ratio of what they took to what this says corrects it for this machine.
 """
@@ -15,8 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedistill.config import Config
+from fedistill.config import LIGHT, Config
 from fedistill.evaluation.arms import architectures
+from fedistill.evaluation.average import rates_of, shown_rounds
+from fedistill.evaluation.comparators import ALONE, comparators
 from fedistill.evaluation.fit import LEARNING_RATES
 from fedistill.matching.problem import horizon
 from fedistill.methods.registry import method_of
@@ -72,6 +75,25 @@ def disk_of(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _comparing(c: Config, sites: int, trainings: int, distilling: float) -> float:
+    """Image passes of the arms that are only run for comparison."""
+    names, private = comparators(c), c.privacy == "dp"
+    shown, rates = shown_rounds(c), len(rates_of(c))
+    rounds, before = 0, 0
+    for round in shown if c.fl_rounds else ():
+        rounds += rates * (round - before)  # the better half of the rates goes on
+        rates, before = -(-rates // 2), round
+    rounds += (0 if private else c.eval_nets - 1) * c.fl_rounds
+    work = rounds * c.fl_steps * sites * c.expert_batch * (1 + ("fedprox" in names))
+    if set(ALONE) & set(names):
+        work += c.expert_steps * c.expert_batch * sites if private else trainings * c.eval_steps * c.eval_batch * sites
+    evaluated = trainings * c.eval_steps * c.eval_batch
+    work += evaluated * sum(name.endswith("distilled") for name in names)
+    if "fedavg-distilled" in names:
+        work += c.iterations // LIGHT.get(c.method, 1) * 4 * c.syn_steps * c.syn_batch
+    return work + distilling * ("central-distilled" in names)
+
+
 def _estimate(c: Config, cores: int, trained: set[str], compared: set[str]) -> Estimate:
     method, sites, classes = method_of(c), _sites(c), _classes(c)
     size = _pixels(c)
@@ -94,16 +116,16 @@ def _estimate(c: Config, cores: int, trained: set[str], compared: set[str]) -> E
     distilling = 0 if method.select else sites * c.rounds * c.iterations * per_iteration
     made = min(c.eval_batch, sites * images)
     arms = 2 * made
-    shared = c.key("data", "eval")
+    shared = f"{c.key('data')}, {c.eval_models}, {c.eval_nets}, {c.eval_steps}, {c.eval_batch}, {c.seed}"
     if shared not in compared:  # local only, and all real images
         compared.add(shared)
         arms += (sites + 1) * c.eval_batch
     trainings = len(LEARNING_RATES) + c.eval_nets - 1
     evaluation = len(architectures(c)) * trainings * c.eval_steps * arms
-    averaging = c.fl_rounds * c.fl_steps * sites * c.expert_batch * (1 if c.fl_lr or c.privacy == "dp" else 3)
+    compared_with = _comparing(c, sites, trainings, distilling)
     at_once = min(cores, sites)
     seeds = c.seeds
-    work = experts + seeds * (distilling + evaluation + averaging)
+    work = experts + seeds * (distilling + evaluation + compared_with)
     return Estimate(
         seconds=SECONDS_PER_RUN + SECONDS_PER_IMAGE * weight * work / at_once,
         memory=MEMORY + MEMORY_PER_SITE * at_once + MEMORY_PER_CORE * cores,

@@ -1,29 +1,25 @@
-"""Figures of a study: one figure over one setting, a line per value of the others, as SVG and PDF; and the interactive page."""
+"""Figures of a study: one figure over one setting, a line per value of the others, as SVG and PDF."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from fedistill.bench.plots import DASHES, MARKERS, vector
 from fedistill.errors import FedistillError, unknown
 from fedistill.files import write_bytes
 from fedistill.report.curves import PALETTE
-from fedistill.report.tables import METRICS, arm_name
+from fedistill.report.tables import METRICS, arm_name, without_rounds
 from fedistill.study.plan import shown
 from fedistill.study.results import FIGURES, Row, usable
 from fedistill.study.tables import arms_of, models_of, spread
 
-TEMPLATE = Path(__file__).with_name("page.html.j2")
 TITLES = METRICS | {
     "images": "Images trained on",
     "upload_bytes": "Bytes sent by all sites",
+    "after_rounds": "Rounds",
     "release_epsilon": "Epsilon of the release",
     "release_delta": "Delta of the release",
     "seconds": "Seconds of training global models",
@@ -40,6 +36,9 @@ TITLES = METRICS | {
     "eval_model": "Global model",
 }
 NO_PRIVACY = "no privacy"
+# Figures of an arm that go across like a setting: a line has a point for every number of rounds after which the arm was judged.
+GROWING = ("upload_bytes", "after_rounds")
+FAMILY = "family"  # the arms that differ in that number only
 LOGARITHMIC = 10  # positive values that span this factor get a logarithmic axis
 
 
@@ -68,7 +67,11 @@ def axes_of(rows: Sequence[Row], varied: Sequence[str], *, x: str, y: str, by: s
     shows: a mean over it would be of different things.
     """
     columns = [*varied, "trained_on", "eval_model"]
-    for column in (x, *([by] if by else []), *where):
+    families = [FAMILY] if x in GROWING else []
+    for column, known in ((x, [*columns, *GROWING]), (by or x, [*columns, *GROWING, *families])):
+        if column not in known:
+            raise unknown("column of the study", column, known)
+    for column in where:
         if column not in columns:
             raise unknown("column of the study", column, columns)
     if y not in FIGURES:
@@ -82,7 +85,11 @@ def axes_of(rows: Sequence[Row], varied: Sequence[str], *, x: str, y: str, by: s
             raise unknown(f"value of {column}", str(text), found)
         said[column] = found[text]
     shown_by = (by,) if by else tuple(key for key in varied if key != x and key not in said)
+    if x in GROWING and not by and "trained_on" not in said:
+        shown_by += (FAMILY,)
     for column, values in (("trained_on", arms_of(rows)), ("eval_model", models_of(rows))):
+        if column == "trained_on" and FAMILY in (*shown_by, *said):
+            continue
         if column not in (x, *shown_by, *said) and values:
             said[column] = values[0]
     left = [key for key in varied if key not in (x, *shown_by, *said)]
@@ -94,12 +101,24 @@ def axes_of(rows: Sequence[Row], varied: Sequence[str], *, x: str, y: str, by: s
 def lines_of(rows: Sequence[Row], axes: Axes) -> list[Line]:
     """The lines of a plot in the order of the results."""
     found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
-    for row in usable(rows):
+    for row in grown(usable(rows), axes.x) if axes.x in GROWING else usable(rows):
         if row[axes.y] is None or any(row[key] != value for key, value in axes.where.items()):
             continue
         points = found.setdefault(tuple(row[key] for key in axes.by), {})
         points.setdefault(row[axes.x], []).append(row[axes.y])
     return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
+
+
+def grown(rows: Sequence[Row], x: str) -> list[Row]:
+    """The rows with their family, and the mean of `x` over seeds as its value; 0 where nothing is sent."""
+    same: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        same.setdefault((row["cell"], row["eval_model"], row["trained_on"]), []).append(row)
+    return [
+        row | {x: sum(each[x] or 0 for each in group) / len(group), FAMILY: without_rounds(row["trained_on"])[0]}
+        for group in same.values()
+        for row in group
+    ]
 
 
 def write_plots(rows: Sequence[Row], axes: Axes, title: str, folder: Path) -> list[Path]:
@@ -153,14 +172,15 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
             if _open(axes, x):
                 mean = spread(line.points[x])
                 whole = {key: style[key] for key in ("color", "linewidth")}
-                name = ", ".join(filter(None, [line.name, NO_PRIVACY]))
+                name = ", ".join(filter(None, [line.name, NO_PRIVACY if axes.x == "epsilon" else ""]))
                 drawn[name] = panel.axhline(mean["mean"], linestyle=(0, (6, 3, 1, 3)), **whole)
                 width = mean["std"] or 0.0
                 panel.axhspan(mean["mean"] - width, mean["mean"] + width, color=style["color"], alpha=0.1, linewidth=0)
     if numeric and values and values[0] > 0 and values[-1] / values[0] >= LOGARITHMIC:
         panel.set_xscale("log")
-    panel.set_xticks(values if numeric else range(len(values)), [shown(x) for x in values], minor=False)
-    panel.set_xticks([], minor=True)
+    if axes.x != "upload_bytes":  # which are many, and no round numbers
+        panel.set_xticks(values if numeric else range(len(values)), [shown(x) for x in values], minor=False)
+        panel.set_xticks([], minor=True)
     panel.set_xlabel(TITLES.get(axes.x, axes.x))
     panel.set_ylabel(_measured(axes))
     panel.set_title(title, fontsize="medium")
@@ -170,36 +190,10 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
     return figure
 
 
-def page(title: str, rows: Sequence[Row], varied: Sequence[str]) -> bytes:
-    """One page that needs nothing else: a plot whose axes can be chosen, and a table that can be sorted."""
-    columns = [*varied, "trained_on", "eval_model"]
-    figures = [name for name in FIGURES if any(row[name] is not None for row in usable(rows))]
-    names = {column: TITLES.get(column, column) for column in (*columns, *figures)}
-    facts = {
-        "columns": columns,
-        "figures": figures,
-        "names": names,
-        "colours": len(PALETTE),
-        "logarithmic": LOGARITHMIC,
-        "rows": [
-            {name: NO_PRIVACY if name == "epsilon" and row[name] == 0 else row[name] for name in (*columns, *figures)}
-            for row in usable(rows)
-        ],
-    }
-    failed = {row["cell"]: row for row in rows if row["status"] == "failed"}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        facts=Markup(json.dumps(facts).replace("<", "\\u003c")),  # no text of the data can end the script
-        failed=[(", ".join(f"{key} {shown(row[key])}" for key in varied), row["reason"]) for row in failed.values()],
-    )
-    return text.encode()
-
-
 def _name(by: Sequence[str], values: Sequence[Any]) -> str:
     words = []
     for key, value in zip(by, values, strict=True):
-        if key == "trained_on":
+        if key in ("trained_on", FAMILY):
             words.append(arm_name(value))
         else:
             words.append(shown(value) if isinstance(value, str) else f"{key} {shown(value)}")
@@ -207,8 +201,9 @@ def _name(by: Sequence[str], values: Sequence[Any]) -> str:
 
 
 def _open(axes: Axes, x: Any) -> bool:
-    """Whether a value of the axis is that of runs without privacy, which have no epsilon: a line across."""
-    return axes.x == "epsilon" and x == 0
+    """Whether a value of the axis is that of runs without privacy, which have no epsilon, or of arms that send nothing: a line
+    across."""
+    return axes.x in ("epsilon", *GROWING) and x == 0
 
 
 def _measured(axes: Axes) -> str:

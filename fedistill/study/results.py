@@ -6,6 +6,7 @@ Columns, besides those that tell the cells apart (`Study.columns`: the keys of t
     seed, eval_model   empty where the cell failed       kind        multiclass, multilabel or ordinal
     accuracy ... mae   means over the networks of a seed; empty where a kind of task has no such figure
     images, upload_bytes   what the arm is made of, and what all sites send for it
+    after_rounds    of distillation or averaging; 1 where there is one; empty where nothing is sent
     release_epsilon, release_delta   what the union of the sets promises; empty without privacy, and in the other arms
     seconds         of training the global models        seconds_experts, seconds_distil   of all sites, for `distilled`
     cell_seconds    of the whole cell, all seeds         status, code, reason   how it ended
@@ -26,9 +27,9 @@ from fedistill.report.tables import METRICS, arms_in_order
 from fedistill.study.plan import Cell, Study
 
 Row = dict[str, Any]  # the columns of the table; None where a figure is missing
-WHOLES = ("seed", "images", "upload_bytes")
+WHOLES = ("seed", "images", "upload_bytes", "after_rounds")
 FLOATS = (*METRICS, "release_epsilon", "release_delta", "seconds", "seconds_experts", "seconds_distil", "cell_seconds")
-FIGURES = (*METRICS, "images", "upload_bytes", *FLOATS[len(METRICS) :])
+FIGURES = (*METRICS, "images", "upload_bytes", "after_rounds", *FLOATS[len(METRICS) :])
 OTHERS = ("seed", "eval_model", "trained_on", "kind", *FIGURES, "status", "code", "reason")
 
 
@@ -77,6 +78,7 @@ def rows_of_run(config: Config, run: Path) -> list[Row]:
             for name, arm in arms_in_order(arms):
                 figures = {metric: arm[metric]["mean"] for metric in METRICS if metric in arm}
                 work = {"images": _whole(arm["images"]), "upload_bytes": _whole(arm["upload_bytes"])}
+                work["after_rounds"] = arm.get("rounds", 1 if name == "distilled" else None)
                 work |= {"seconds": arm["seconds"]} | (of_set if name == "distilled" else {})
                 rows.append(shared | {"eval_model": model, "trained_on": name} | figures | work)
     return rows
@@ -118,6 +120,14 @@ def read_results(path: Path) -> list[Row]:
         raise FedistillError("missing-file", f"There is no {path}: run the study first.") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise FedistillError("bad-results", f"{path} is no table of a study: {error}.") from None
+
+
+def read_folder(out: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What `study.json` and `results.csv` of a study's folder say. Raises `FedistillError` where one is missing or no such file."""
+    rows = read_results(out / "results.csv")
+    if not (out / "study.json").exists():
+        raise FedistillError("missing-file", f"There is no {out / 'study.json'}: run the study first.")
+    return dict(read_json(out / "study.json")), rows
 
 
 def usable(rows: Sequence[Row]) -> list[Row]:

@@ -25,6 +25,7 @@ from fedistill.report.tables import duration
 from fedistill.study.cost import Estimate, disk_of, estimates
 from fedistill.study.plan import Cell, Study
 from fedistill.study.results import defect, finished, log_path, record_of, record_path, write_results
+from fedistill.study.track import check_tracker, track
 
 POLL_SECONDS = 0.2
 WATCH_SECONDS = 5.0  # between looks at the processes below the cells
@@ -41,16 +42,26 @@ class Child:
 
 
 def run_study(
-    study: Study, cells: Sequence[Cell], out: Path, console: Console, *, jobs: int = 1, command: str = ""
+    study: Study,
+    cells: Sequence[Cell],
+    out: Path,
+    console: Console,
+    *,
+    jobs: int = 1,
+    command: str = "",
+    tracker: str = "",
 ) -> dict[str, Any]:
     """Work off the cells that are not finished in `out`; returns numbers of cells and the failures.
 
     jobs: cells at the same time, each with its share of the cores. command: what the user typed, to be typed again.
+    tracker: one of `study.track`, which is sent every finished cell.
     Raises `FedistillError` on bad input before any work starts. Ctrl-C and SIGTERM stop the cells and raise `SystemExit` with
     code 130; what is finished is in the results then, too.
     """
     if jobs < 1:
         raise FedistillError("bad-value", f"--jobs {jobs} is too small: it must be at least 1.")
+    if tracker:
+        check_tracker(tracker)
     refuse_foreign(out, study)
     todo = [cell for cell in cells if not finished(out, cell)]
     check_data(todo)
@@ -58,8 +69,10 @@ def run_study(
         share = max(1, (os.cpu_count() or 1) // jobs)
         write_plan(study, cells, out, workers=share)
         write_results(out, study, cells)
+        if tracker:
+            track(tracker, study, cells, out)
         if todo:
-            _work(study, cells, todo, out, console, jobs, command)
+            _work(study, cells, todo, out, console, jobs, command, tracker)
     return outcome(study, cells, out)
 
 
@@ -176,7 +189,14 @@ def check_data(todo: Sequence[Cell]) -> None:
 
 
 def _work(
-    study: Study, cells: Sequence[Cell], todo: Sequence[Cell], out: Path, console: Console, jobs: int, command: str
+    study: Study,
+    cells: Sequence[Cell],
+    todo: Sequence[Cell],
+    out: Path,
+    console: Console,
+    jobs: int,
+    command: str,
+    tracker: str,
 ) -> None:
     costs = dict(zip([c.key for c in todo], estimates(todo, cores=max(1, (os.cpu_count() or 1) // jobs)), strict=True))
     waiting, running, ended = list(todo), list[Child](), list[Cell]()
@@ -200,6 +220,8 @@ def _work(
                         record["status"] == "ok"
                     )  # a failure says nothing of the time that others take
                     write_results(out, study, cells)
+                    if tracker:
+                        track(tracker, study, cells, out)
                     how = "done" if record["status"] == "ok" else f"failed: {record['reason']}"
                     how += f" in {duration(record['seconds'])}"
                     left = _left(time.monotonic() - began, ended, [*waiting, *(c.cell for c in running)], costs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,18 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
     def of_site(self, name: str) -> Tensor:
         """Positions of the images that site `name` made."""
         return torch.nonzero(self.site == self.sites.index(name)).flatten()
+
+    def part_of(self, name: str) -> SyntheticSet:
+        """The set of site `name` alone."""
+        index, place = self.of_site(name), self.sites.index(name)
+        return replace(
+            self,
+            images=self.images[index],
+            labels=self.labels[index],
+            site=torch.zeros(len(index), dtype=torch.int64),
+            sites=(name,),
+            step_size=self.step_size[place : place + 1],
+        )
 
 
 def one_hot(labels: Tensor | Sequence[int], classes: int) -> Tensor:

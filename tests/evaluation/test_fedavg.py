@@ -15,7 +15,18 @@ from torch import Tensor
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
-from fedistill.evaluation.average import RATES, fedavg, mean_of, rates_of, run_rounds
+from fedistill.errors import FedistillError
+from fedistill.evaluation.average import (
+    RATES,
+    average_sites,
+    evaluate_average,
+    fedavg,
+    mean_of,
+    path_of,
+    rates_of,
+    run_rounds,
+    shown_rounds,
+)
 from fedistill.evaluation.fit import predict
 from fedistill.evaluation.metrics import score
 from fedistill.files import read_json
@@ -75,6 +86,66 @@ def test_several_networks_share_a_chosen_rate_and_an_upload_is_that_of_one(tiny:
     assert [p.stat().st_mtime_ns for p in rounds] == before
 
 
+def test_an_earlier_round_is_what_fewer_rounds_would_have_been(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(fl_rounds=3, fl_shown="2, 1", fl_lr=0.1, eval_nets=1)
+    parts, asked = partition(tiny, config), []
+
+    def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
+        asked.append(round)
+        sites = [parts.at(tiny, place) for place in range(2)]
+        return {s.name: train_round(config, s, s.name, tmp_path, round=round, thetas=thetas) for s in sites}
+
+    figures = evaluate_average(config, tiny, "mlp", ask, tmp_path / "a", "fedavg")
+    assert list(figures) == ["fedavg-1", "fedavg-2", "fedavg"]
+    assert asked == [1, 2, 3]
+    for rounds in (1, 2):
+        alone = fedavg(settings(fl_rounds=rounds, fl_lr=0.1, eval_nets=1), tiny, parts, tmp_path / str(rounds))
+        shown = figures[f"fedavg-{rounds}"]
+        assert {k: v for k, v in shown.items() if k != "seconds"} == {k: v for k, v in alone.items() if k != "seconds"}
+    assert [f["upload_bytes"] / figures["fedavg-1"]["upload_bytes"] for f in figures.values()] == [1, 2, 3]
+
+
+def test_the_better_half_of_the_rates_goes_on(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(fl_rounds=3, fl_shown="1,2", eval_nets=1)
+    parts, asked = partition(tiny, config), []
+
+    def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
+        asked.append([float(name.split("@")[1]) for name in thetas])
+        sites = [parts.at(tiny, place) for place in range(2)]
+        return {s.name: train_round(config, s, s.name, tmp_path, round=round, thetas=thetas) for s in sites}
+
+    figures = evaluate_average(config, tiny, "mlp", ask, tmp_path / "a", "fedavg")
+    assert [len(rates) for rates in asked] == [5, 3, 2]
+    assert set(asked[2]) < set(asked[1]) < set(RATES)
+    assert figures["fedavg-1"]["learning_rate"][0] in asked[1]
+    assert figures["fedavg-2"]["learning_rate"][0] in asked[2]
+
+
+def test_the_way_of_the_global_network_begins_and_ends_where_it_did(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(eval_nets=1)
+    parts, task = partition(tiny, config), task_of(tiny)
+    sites = [parts.at(tiny, place) for place in range(2)]
+    result, _ = average_sites(config, tiny, sites, tmp_path)
+    path = path_of(config, task, "mlp", tmp_path / "rounds", result.learning_rate)
+    assert path.shape == (3, task.network("mlp", config).size)
+    assert torch.equal(path[0], task.network("mlp", config).initial(generator(0, "global", "mlp")))
+    assert torch.equal(path[-1], result.thetas[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"fl_shown": "one"}, "no list of rounds"),
+        ({"fl_shown": "2"}, "earlier rounds than the last"),
+        ({"fl_shown": "0"}, "earlier rounds than the last"),
+        ({"fl_shown": "1", "privacy": "dp", "epsilon": 5.0, "method": "sketch"}, "the noise is for all fl_rounds"),
+    ],
+)
+def test_rounds_that_cannot_be_shown(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(FedistillError, match=words):
+        shown_rounds(settings(**more))
+
+
 def test_private_averaging_trains_one_network_at_one_public_rate(tiny: Dataset, tmp_path: Path) -> None:
     config = settings(privacy="dp", epsilon=5.0, method="sketch", dp_lr=0.25)
     assert rates_of(config) == (0.25,)
@@ -94,7 +165,7 @@ def test_a_network_that_diverged_is_not_asked_about_again(tmp_path: Path) -> Non
         return {"north": Local({name: theta / (0 if name == "bad" else 1) for name, theta in thetas.items()}, 1)}
 
     start = {"good": torch.ones(2), "bad": torch.ones(2)}
-    thetas, sent = run_rounds(settings(), start, ask, tmp_path)
+    thetas, sent = run_rounds(start, ask, tmp_path, 2)
     assert asked == [["good", "bad"], ["good"]]
     assert torch.equal(thetas[0], torch.ones(2))
     assert not torch.isfinite(thetas[1]).any()
@@ -107,10 +178,10 @@ def test_rounds_go_on_where_they_stopped(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return {site: Local({k: theta + round for k, theta in thetas.items()}, 1) for site in ("north", "south")}
 
-    config, broken = settings(fl_rounds=3), 2
+    broken = 2
     with pytest.raises(KeyboardInterrupt):
-        run_rounds(config, {"a": torch.zeros(2)}, ask, tmp_path)
+        run_rounds({"a": torch.zeros(2)}, ask, tmp_path, 3)
     broken = 1  # which is not asked for again
-    (theta,), (sent,) = run_rounds(config, {"a": torch.zeros(2)}, ask, tmp_path)
+    (theta,), (sent,) = run_rounds({"a": torch.zeros(2)}, ask, tmp_path, 3)
     assert theta.tolist() == [6, 6]
     assert sent == 3 * 2 * 8

@@ -71,13 +71,63 @@ def test_the_arm_is_beside_the_others_and_the_same_without_flower(finished: Path
     assert "for one network, over 2 rounds." in page
 
 
+def test_all_comparators_are_arms_and_are_not_done_twice(tmp_path: Path) -> None:
+    more = {
+        "method": "dm",
+        "iterations": 3,
+        "compare": "all",
+        "fl_rounds": 4,
+        "fl_shown": "1",
+        "segment": 2,
+        "syn_steps": 2,
+    }
+    grid = run(tmp_path / "run", **more)
+    arms = read_json(tmp_path / "run/seed-0/arms.json")["mlp"]
+    assert set(arms) == {
+        "distilled", "random_real", "local_only", "centralised", "fedavg-1", "fedavg", "fedprox-1", "fedprox", "ensemble",
+        "one-shot", "ensemble-distilled", "fedavg-distilled", "central-distilled",
+    }  # fmt: skip
+    assert (grid.count("train.fedavg"), grid.count("train.alone")) == (2 * 4 * 3, 3)
+    assert (
+        arms["fedprox-1"]["balanced_accuracy"] != arms["fedavg-1"]["balanced_accuracy"]
+        or arms["fedprox"] != arms["fedavg"]
+    )
+    assert arms["central-distilled"]["images"] == arms["distilled"]["images"] == arms["fedavg-distilled"]["images"]
+    text = (tmp_path / "run/results.md").read_text()
+    assert "Federated averaging, 1 round |" in text
+    assert "Ensemble, distilled on phantoms" in text
+    for name in ("arms.json", "federated.json"):
+        (tmp_path / "run/seed-0" / name).unlink()
+    again = run(tmp_path / "run", **more)
+    assert again.count("train.fedavg") == again.count("train.alone") == 0
+    assert read_json(tmp_path / "run/seed-0/arms.json")["mlp"].keys() == arms.keys()
+
+
+def test_private_networks_that_sites_train_alone_are_arms_too(tmp_path: Path) -> None:
+    private = {
+        "privacy": "dp",
+        "epsilon": 8.0,
+        "method": "sketch",
+        "iterations": 2,
+        "sketch_networks": 1,
+        "expert_steps": 3,
+    }
+    changes = private | {"phantom_images": 180, "sketch_frequencies": 16, "class_weights": False}
+    grid = run(tmp_path / "run", compare="ensemble,one-shot", fl_rounds=0, **changes)
+    assert grid.count("train.alone") == 3
+    assert set(read_json(tmp_path / "run/seed-0/arms.json")["mlp"]) >= {"dp-ensemble", "dp-one-shot"}
+    assert "Private ensemble of local networks" in (tmp_path / "run/results.md").read_text()
+    assert "the networks that sites trained alone" in guarantee(read_json(tmp_path / "run/summary.json"))
+
+
 def test_finished_rounds_are_not_asked_for_again(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     before = read_json(out / "seed-0/arms.json")
     for name in ("arms.json", "federated.json"):
         (out / "seed-0" / name).unlink()
-    next((out / "seed-0").rglob("average/**/round-2.safetensors")).unlink()
+    next((out / "seed-0").rglob("compare/**/round-2.safetensors")).unlink()
+    (out / "seed-0/compare/fedavg-mlp.json").unlink()
     grid = run(out)
     assert [grid.count("train.fedavg", i) for i in range(3)] == [1, 1, 1]
     after = read_json(out / "seed-0/arms.json")
@@ -123,6 +173,22 @@ def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
     )
     assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
     assert said == []
+
+
+def test_a_real_site_sends_no_networks_that_it_trains_alone(tmp_path: Path) -> None:
+    grid = LocalGrid(client_app, [real_site("north", tmp_path / "disk")])
+    content = collect.job(TINY, networks='["mlp@0.1@0"]', run="x")
+    said: list[Any] = []
+    failures = collect.converse(
+        grid,
+        "train.alone",
+        {100: content},
+        lambda _, reply: said.append(read_local(reply, {})),
+        lambda *_: None,
+        deadline=30,
+    )
+    assert said == []
+    assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
 
 
 def test_a_real_site_takes_no_part_in_private_averaging(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_happy_path_leaves_everything_in_the_run_folder(finished: Path) -> None:
     assert set(read_json(seed / "arms.json")["mlp"]) == {"distilled", "random_real", "local_only", "centralised"}
     assert read_json(finished / "summary.json")["sites"][0]["name"] == "site-1"
     assert (finished / "report.html").exists()
+    summary = read_json(finished / "summary.json")
+    assert sum(b["count"] for b in summary["calibration"]["bins"]) == summary["data"]["test"]
 
 
 def test_events_tell_the_story_of_a_site(finished: Path) -> None:

@@ -7,112 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from pages import CLASSES, arm, make_set, make_summary, render
 
+from fedistill.data.dataset import Split
+from fedistill.evaluation.intervals import wilson
 from fedistill.report.page import render_report
 from fedistill.report.tables import METRICS, guarantee, score
-from fedistill.synthetic.set import SyntheticSet, one_hot
 
-CLASSES = ("neutrophil", "lymphocyte", "monocyte", "eosinophil", "basophil")
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 NASTY = "<script>alert(1)</script>"
-
-
-def arm(mean: float, std: float | None = 0.02, images: int = 150) -> dict[str, Any]:
-    metrics = ("accuracy", "balanced_accuracy", "macro_f1", "auc")
-    figures = {name: {"mean": mean + 0.013 * k, "std": std} for k, name in enumerate(metrics)}
-    recall = {name: {"mean": max(0.0, mean - 0.031 * k), "std": std} for k, name in enumerate(CLASSES)}
-    return {
-        **figures,
-        "per_class_recall": recall,
-        "images": images,
-        "upload_bytes": 2352 * images,
-        "seconds": 12.0,
-        "std_over": "seeds",
-        "learning_rate": [0.03, 0.1, 0.03],
-    }
-
-
-def make_summary() -> dict[str, Any]:
-    def site(name: str, images: list[int]) -> dict[str, Any]:
-        return {
-            "name": name,
-            "status": "ok",
-            "reason": "",
-            "train": sum(images),
-            "images": images,
-            "phases": {"experts": 12.3, "distill": 140.1},
-            "upload_bytes": 117000,
-            "iterations": 500,
-            "skipped_iterations": 3,
-            "final_loss": 0.41,
-            "synthetic_images": 50,
-            "notes": [],
-        }
-
-    arms = {
-        "distilled": arm(0.71),
-        "random_real": arm(0.587, 0.03),
-        "local_only": arm(0.64, 0.05, 50),
-        "centralised": arm(0.751, 0.01, 524),
-    }
-    return {
-        "format": "fedistill-summary/1",
-        "config": {"data": "wbc_sites", "method": "datm", "init": "noise", "ipc": 10, "eval_models": "convnet,mlp"},
-        "versions": {"fedistill": "0.1.0", "torch": "2.6.0", "flwr": "1.41.0", "python": "3.11.9"},
-        "seed": 0,
-        "seeds": [0, 1, 2],
-        "command": "fedistill simulate --data wbc_sites --set ipc=10 --seeds 3",
-        "data": {
-            "name": "wbc_sites",
-            "fingerprint": "ab12cd34ef56",
-            "modality": "generic",
-            "class_names": list(CLASSES),
-            "geometry": [3, 28, 28],
-            "train": 524,
-            "val": 74,
-            "test": 153,
-            "partition": "site",
-        },
-        "sites": [
-            site("jtsc", [123, 37, 33, 15, 1]),
-            site("bccd", [60, 22, 9, 40, 2]),
-            site("rabin", [80, 50, 30, 20, 2]),
-        ],
-        "arms": arms,
-        "cross_architecture": {"mlp": {"distilled": arm(0.55), "random_real": arm(0.51)}},
-        "federated": {
-            "distilled": {
-                "jtsc": {"accuracy": 0.7, "balanced_accuracy": 0.66, "images": 31},
-                "bccd": {"accuracy": 0.6, "balanced_accuracy": 0.56, "images": 29},
-            }
-        },
-        "peak_memory_bytes": 2.1e9,
-        "seconds": 412.0,
-        "notes": [],
-    }
-
-
-def make_set(site: str, classes: tuple[str, ...] = CLASSES, per_class: int = 2) -> SyntheticSet:
-    labels = torch.arange(len(classes)).repeat_interleave(per_class)
-    images = torch.randn(len(labels), 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    return SyntheticSet(
-        images=images,
-        labels=one_hot(labels, len(classes)),
-        site=torch.zeros(len(labels), dtype=torch.int64),
-        sites=(site,),
-        class_names=classes,
-        mean=0.5,
-        std=0.25,
-        modality="generic",
-        step_size=(0.02,),
-        manifest={},
-    )
-
-
-def render(summary: dict[str, Any]) -> str:
-    names = [site["name"] for site in summary["sites"] if site["status"] == "ok"]
-    curves = {name: [(i, 1.2 - i / (600 + 90 * k)) for i in range(0, 500, 5)] for k, name in enumerate(names)}
-    return render_report(summary, {name: make_set(name) for name in names}, curves)
 
 
 class Balance(HTMLParser):
@@ -165,9 +68,10 @@ def test_page_is_balanced_and_stands_alone() -> None:
     assert 'id="results"' in page
 
 
-def test_sheets_are_embedded_with_a_description() -> None:
+def test_images_are_embedded_with_a_description() -> None:
     found = parse(render(make_summary()))
-    assert len(found.images) == 3
+    assert len(found.images) == 3 * len(CLASSES)
+    assert "2 synthetic images of jtsc, neutrophil" in {image["alt"] for image in found.images}
     assert all(str(image["src"]).startswith("data:image/png;base64,") and image["alt"] for image in found.images)
     assert "not photographs of patients" in found.text
 
@@ -310,7 +214,7 @@ def test_figures_of_the_kind_of_task_come_first(kind: str, figures: tuple[str, .
     page = render(summary)
     text = parse(page).text
     assert all(word in text for word in (*words, ".432 ± .012", "channels × depth × height × width"))
-    titles = [METRICS[name] for name in figures]
+    titles, page = [METRICS[name] for name in figures], page[page.index('id="arms"') :]
     assert page.index(f">{titles[0]}</th>") < page.index(f">{titles[1]}</th>") < page.index(">Balanced accuracy</th>")
 
 
@@ -335,3 +239,111 @@ def test_what_a_method_reads_is_said(method: str, sentence: str) -> None:
     summary = make_summary()
     assert sentence not in " ".join(render(summary | {"config": summary["config"] | {"method": "ptm"}}).split())
     assert sentence in " ".join(render(summary | {"config": summary["config"] | {"method": method}}).split())
+
+
+def test_the_order_is_that_of_a_readers_questions() -> None:
+    page = render(make_summary())
+    parts = ("results", "sites", "images", "classes", "calibration", "architectures", "arms", "again")
+    places = [page.index(f'<h2 id="{part}"') for part in parts]
+    assert places == sorted(places)
+    assert [f"#{part}" for part in parts] == re.findall(r'<li><a href="([^"]*)"', page)
+    told = re.findall(r"<dt>(.*?)</dt>\s*<dd class=\"figure[^>]*>(.*?)</dd>", page)
+    assert told == [
+        ("What was made", "150 synthetic images"),
+        ("How good: balanced accuracy", score(make_summary()["arms"]["distilled"]["balanced_accuracy"])),
+        ("How private", "No formal guarantee"),
+        ("How much was sent", "351 kB"),
+    ]
+    assert ("How private", "ε 2.99, δ 0.001") in re.findall(
+        r"<dt>(.*?)</dt>\s*<dd class=\"figure[^>]*>(.*?)</dd>", render(private())
+    )
+
+
+def test_recall_has_the_interval_of_its_counts() -> None:
+    page = render(make_summary())
+
+    def row(name: str, share: str, right: int, of: int) -> str:
+        low, high = (f"{end:.3f}".removeprefix("0") for end in wilson(right, of) or (0, 0))
+        return f'<th scope="row">{name}</th><td>{share}</td><td>{low} to {high}</td><td>{right} of {of}</td>'
+
+    assert row("neutrophil", ".850", 17, 20) in page  # at both sites
+    assert row("neutrophil", ".900", 9, 10) in page
+    assert row("basophil", ".000", 0, 3) in page
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"federated": {}}, "no site counted its answers"),
+        ({"federated": {"distilled": {"jtsc": {"accuracy": 0.7}}}}, "the summary of this run has no counts"),
+    ],
+)
+def test_without_counts_there_is_no_interval_and_a_reason(change: dict[str, Any], reason: str) -> None:
+    text = " ".join(parse(render(make_summary() | change)).text.split())
+    assert reason in text
+    assert "Recognised" not in text
+
+
+def test_noisy_counts_have_no_interval() -> None:
+    summary = private()
+    for figures in summary["federated"]["distilled"].values():
+        figures["recognised"] = None
+    text = " ".join(parse(render(summary)).text.split())
+    assert "are private and have noise of their own" in text
+    assert "Recognised" not in text
+
+
+def test_calibration_is_left_out_where_the_server_had_no_data() -> None:
+    page = render(make_summary())
+    assert "Expected calibration error of a convnet" in " ".join(page.split())
+    assert ".081 ± .011" in page
+    for summary in (
+        make_summary() | {"calibration": None},
+        {k: v for k, v in make_summary().items() if k != "calibration"},
+    ):
+        assert "calibration" not in parse(render(summary)).text.lower()
+
+
+def test_real_images_are_shown_only_where_they_are_phantoms() -> None:
+    summary = make_summary()
+    split = Split(
+        torch.randint(256, (5, 3, 28, 28), dtype=torch.uint8), torch.arange(5), torch.zeros(5, dtype=torch.int64)
+    )
+    sets = {"jtsc": make_set("jtsc")}
+    page = render_report(summary | {"config": summary["config"] | {"data": "phantom"}}, sets, {}, split)
+    assert page.count("1 real phantoms, ") == 5
+    page = render_report(summary, sets, {})
+    assert "real phantoms" not in page
+    assert "Real images are never shown here" in page
+
+
+def test_sites_with_data_of_their_own_are_never_called_phantoms() -> None:
+    summary = make_summary()
+    summary["config"] |= {
+        "data": "phantom",
+        "server_data": "none",
+    }  # the default of a setting that real sites do not use
+    text = " ".join(parse(render(summary)).text.split())
+    assert "phantom" not in text.split("Every setting")[0]
+    assert "no patient is involved" not in text
+    assert "Distillation report: the sites’ own data" in text
+    summary["config"]["server_data"] = "same"
+    assert "no patient is involved" in " ".join(parse(render(summary)).text.split())
+
+
+def test_selected_real_images_are_shown_only_where_they_are_phantoms() -> None:
+    summary = make_summary()
+    summary["config"] |= {"method": "random"}
+    page = render(summary)
+    assert "they are not shown here" in page
+    assert "<img" not in page
+    summary["config"] |= {"data": "phantom"}
+    assert page.count("<img") < render(summary).count("<img")
+
+
+def test_networks_that_travelled_for_a_comparison_are_told() -> None:
+    summary = make_summary()
+    sentence = "where their parameters are what travels"
+    assert sentence not in " ".join(parse(render(summary)).text.split())
+    summary["arms"]["ensemble"] = arm(0.6)
+    assert sentence in " ".join(parse(render(summary)).text.split())

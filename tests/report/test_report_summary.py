@@ -69,6 +69,11 @@ def test_figures_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> No
     assert list(summary["cross_architecture"]) == ["mlp"]
     assert summary["federated"]["distilled"]["north"]["accuracy"] == 7 / 8
     assert summary["federated"]["distilled"]["north"]["images"] == 8
+    assert summary["federated"]["distilled"]["north"]["recognised"] == {
+        "a": {"right": 3, "of": 4},
+        "b": {"right": 4, "of": 4},
+    }
+    assert summary["calibration"] is None
     assert summary["peak_memory_bytes"] == 123
     assert summary["seconds"] == 9.5
     north, south = summary["sites"]

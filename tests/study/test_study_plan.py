@@ -16,7 +16,7 @@ from fedistill.study.plan import ARM, Cell, Study, cells_of, load_study, read_st
 from fedistill.study.results import OTHERS
 from fedistill.study.run import next_cell
 
-READY = ("budget", "methods", "privacy-accuracy", "rounds", "sites-and-skew")
+READY = ("budget", "federations", "methods", "privacy-accuracy", "private-federations", "rounds", "sites-and-skew")
 
 
 def study(tmp_path: Path, text: str) -> Study:

@@ -15,8 +15,9 @@ from tinystudy import write_study
 
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
+from fedistill.study.page import page
 from fedistill.study.plan import Cell, Study, cells_of, read_study
-from fedistill.study.plots import axes_of, lines_of, page, write_plots
+from fedistill.study.plots import axes_of, lines_of, write_plots
 from fedistill.study.results import FIGURES, Row, finished, read_results, record_path, write_results
 from fedistill.study.run import forecast, refuse_foreign, run_study
 from fedistill.study.tables import cells_table, headline
@@ -154,18 +155,25 @@ def test_without_privacy_there_is_a_line_across(tmp_path: Path) -> None:
     svg, _ = write_plots(rows, axes, "Privacy", tmp_path)
     assert "no privacy" in svg.read_text()
     about = dict.fromkeys((*FIGURES, "reason", "cell")) | {"auc": 0.5}
-    assert '"epsilon": "no privacy"' in page("Privacy", [about | row for row in rows], ["epsilon"]).decode()
+    assert '"epsilon": "no privacy"' in page("Privacy", [about | row for row in rows], ["epsilon"], cells=3).decode()
 
 
 def test_the_page_needs_nothing_else(ended) -> None:
     rows, study = rows_in(ended), ended[0]
-    text = page("Tiny <b>", rows, study.varied).decode()
-    assert not re.search(r"https?:|src=|href=|@import|url\(", text)
+    text = page("Tiny <b>", rows, study.varied, cells=5).decode()
+    assert not re.search(r'https?:|src=|href="[^#]|@import|url\(', text)
     assert "<h1>Tiny &lt;b&gt;</h1>" in text
     assert "An expert diverged &lt;/script&gt;" in text
     assert text.count("</script>") == 2
     assert "prefers-color-scheme: dark" in text
     assert text.count("<label>") == 3
+    assert re.findall(r'<dd class="figure words">(.*?)</dd>', text) == [
+        "3 of 5 cells",
+        ".510 to .710",
+        "No formal guarantee",
+        "12.3 MB",
+    ]
+    assert ".510 ± .014</td>" in text  # without JavaScript, too
 
 
 def test_foreign_folders_are_refused_and_kept(tmp_path: Path) -> None:
@@ -181,3 +189,29 @@ def test_foreign_folders_are_refused_and_kept(tmp_path: Path) -> None:
         refuse_foreign(tmp_path / "other", study)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "irreplaceable"
     assert read_json(tmp_path / "other" / "study.json") == {"study": "other"}
+
+
+def test_accuracy_over_bytes_has_a_line_per_arm_and_a_point_per_number_of_rounds(tmp_path: Path) -> None:
+    def row(cell: str, arm: str, seed: int, sent: int | None, rounds: int | None, auc: float) -> Row:
+        figures = {"upload_bytes": sent, "after_rounds": rounds, "auc": auc, "status": "ok", "ipc": len(cell)}
+        return {"cell": cell, "eval_model": "mlp", "trained_on": arm, "seed": seed} | figures
+
+    rows = [
+        row("a", "distilled", 0, 90, 1, 0.8), row("a", "distilled", 1, 110, 1, 0.9), row("a", "fedavg-1", 0, 400, 1, 0.5),
+        row("a", "fedavg", 0, 4000, 10, 0.7), row("a", "local_only", 0, 0, None, 0.6), row("bb", "distilled", 0, 900, 1, 0.85),
+    ]  # fmt: skip
+    axes = axes_of(rows, ["ipc"], x="upload_bytes", y="auc", by="", where={})
+    found = {line.name: dict(line.points) for line in lines_of(rows, axes)}
+    assert found == {
+        "ipc 1, Distilled union": {100: [0.8, 0.9]},
+        "ipc 1, Federated averaging": {400: [0.5], 4000: [0.7]},
+        "ipc 1, Local only": {0: [0.6]},
+        "ipc 2, Distilled union": {900: [0.85]},
+    }
+    axes = axes_of(rows, ["ipc"], x="after_rounds", y="auc", by="family", where={"ipc": "1"})
+    found = {line.name: dict(line.points) for line in lines_of(rows, axes)}
+    assert found["Federated averaging"] == {1: [0.5], 10: [0.7]}
+    files = write_plots(rows, axes, "Tiny", tmp_path)
+    assert [file.name for file in files] == [f"auc-over-after_rounds-by-family-1.{end}" for end in ("svg", "pdf")]
+    with pytest.raises(FedistillError, match="Unknown column of the study 'family'"):
+        axes_of(rows, ["ipc"], x="ipc", y="auc", by="family", where={})

@@ -1,0 +1,72 @@
+"""Two other places to distil at, with the budget of the union of the sites' sets.
+
+central-distilled   all images at one place, by the method of the run: what the division over sites costs
+fedavg-distilled    the server, which is sent no image and no set: the *global* way of federated averaging is the one expert
+                    that trajectory matching (Cazenavette et al., CVPR 2022) follows. Under differential privacy that costs
+                    nothing beyond the averaging
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedistill.config import LIGHT, Config
+from fedistill.data.dataset import Dataset
+from fedistill.evaluation.arms import figures_of
+from fedistill.evaluation.fit import Material, select_and_test
+from fedistill.experts.train import Task
+from fedistill.matching.distil import distil, start
+from fedistill.matching.problem import Bundle, prepare
+from fedistill.methods.registry import METHODS
+from fedistill.site.describe import task_of
+from fedistill.site.job import advance, released_set
+from fedistill.synthetic.set import SyntheticSet
+
+EVERYWHERE = "all sites"
+
+
+def ipc_of(config: Config, merged: SyntheticSet) -> int:
+    """Images per class of one set as large as the union."""
+    return max(1, round(len(merged) / len(merged.class_names)))
+
+
+def distil_centrally(config: Config, pooled: Dataset, merged: SyntheticSet, work: Path) -> SyntheticSet:
+    """The set that one site with all images would send. It is kept in `work`, with the ledger that private work needs."""
+    whole = dataclasses.replace(config, ipc=ipc_of(config, merged), rounds=1)
+    while not advance(whole, pooled, EVERYWHERE, work, seconds=math.inf).done:
+        pass
+    return released_set(whole, pooled, EVERYWHERE, work)
+
+
+def distil_path(config: Config, task: Task, model: str, path: Tensor, ipc: int) -> Material:
+    """A set whose training leads a `model` along the global parameters `path` `(R+1, P)` of averaging."""
+    about = dataclasses.replace(
+        config, method="mtt", model=model, experts=1, checkpoint_every=1, expert_steps=len(path) - 1, ipc=ipc, rounds=1,
+        budget="equal", init="noise", labels="auto", mask="auto", overlap="auto", denoise="none", window=1.0,
+        iterations=max(1, config.iterations // LIGHT.get(config.method, 1)),
+    )  # fmt: skip
+    bundle = Bundle(task=task, trajectories=(path,), counts=(ipc,) * task.classes, findings=_one_each(task, ipc))
+    matching = prepare(about, METHODS["mtt"], bundle)
+    state = start(matching, EVERYWHERE)
+    distil(matching, state, until=math.inf)
+    return Material(state.images.cpu(), matching.labels(state).cpu())
+
+
+def _one_each(task: Task, ipc: int) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """Label vectors of one finding each, and of none: which occur together is not known to the server."""
+    if task.kind != "multilabel":
+        return ()
+    rows = [tuple(int(k == c) for k in range(task.classes)) for c in range(task.classes + 1)]
+    return tuple((row, ipc * task.classes) for row in rows)
+
+
+def figures_of_set(
+    config: Config, data: Dataset, model: str, material: Material, upload: int, rounds: int
+) -> dict[str, Any]:
+    result = select_and_test(config, task_of(data), model, material, data.val, data.test)
+    return figures_of([result]) | {"images": len(material.images), "upload_bytes": upload, "rounds": rounds}
