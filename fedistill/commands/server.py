@@ -92,7 +92,7 @@ def start(folder: Folder) -> None:
     """Run the server until it is stopped."""
     from fedistill.certificates import check_certificates
     from fedistill.deploy import environment, link_commands, read_server
-    from fedistill.processes import terminate_is_interrupt
+    from fedistill.processes import stop_engine, terminate_is_interrupt
 
     os.umask(0o077)
     server = read_server(Path(folder))
@@ -111,13 +111,8 @@ def start(folder: Folder) -> None:
     except KeyboardInterrupt:
         return
     finally:
-        for child in reversed(children):
-            child.terminate()
-        for child in children:
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
+        for child in reversed(children):  # with the server's parts of runs, which Flower leaves at work
+            stop_engine(child, {})
     raise FedistillError("stopped", "The server stopped by itself: what it printed says why.")
 
 

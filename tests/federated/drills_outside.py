@@ -22,6 +22,7 @@ from stage import SITES, Result, Stage, about, before_all, disturbed, set_of
 
 from fedistill.certificates import DAYS, make_certificate
 from fedistill.deploy import environment, make_site_key, read_server
+from fedistill.processes import process_tree, start_time
 from fedistill.rehearsal import fedistill, free_port
 
 CLOCK = """\
@@ -112,7 +113,9 @@ def expired_certificate(stage: Stage, name: str, seed: int) -> Result:
     steps, harm = stage.steps(out, "north"), time.monotonic()
     at_work = bool(stage.told(out)) and not (out / "summary.json").exists()
     site = stage.refused_start(name, "south")
+    below = {pid: start_time(pid) for pid in process_tree(stage.federation.processes["server"].pid)}
     stage.stop("server")
+    left = [pid for pid, began in below.items() if began and start_time(pid) == began]
     try:
         stage.federation.start_server()
         said = "nothing"
@@ -124,7 +127,7 @@ def expired_certificate(stage: Stage, name: str, seed: int) -> Result:
     stage.again(name)
     stage.wait_anew(out)
     result = stage.judged(name, seed, out, harm, steps, iterations=400)
-    clear = at_work and site.ok and "expired" in site.sees and "expired" in said and "server renew" in said
+    clear = at_work and not left and site.ok and "expired" in site.sees and "expired" in said and "server renew" in said
     sees = f"site: {site.sees} server: {said}".replace(str(server.folder), "FOLDER")
     return replace(result, ok=result.ok and clear, sees=sees)
 

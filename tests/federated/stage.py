@@ -37,7 +37,7 @@ JOB: dict[str, Any] = {
 }  # fmt: skip
 DATA = {"phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "partition": "iid"}
 LONGEST = 1800.0  # seconds of a run
-AGAIN = 90.0  # seconds in which the server takes a run again
+AGAIN = 240.0  # seconds in which the server takes a run again
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Stage:
         return self.federation.server / "runs" / name
 
     def again(self, name: str) -> None:
-        """`server run`, until the server takes it: Flower may take a minute to notice that a run has ended."""
+        """`server run`, until the server takes it: Flower takes a minute or two to notice that a run has ended."""
         end = time.monotonic() + AGAIN
         while True:
             try:
