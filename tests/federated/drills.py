@@ -1,6 +1,7 @@
 """Things that go wrong between hospitals, done for real to processes on this machine: what is lost, and how long it takes.
 
     PYTHONPATH=. python tests/federated/drills.py --out drills.csv [NAME ...]
+    PYTHONPATH=. python tests/federated/drills.py --out drills.csv --table
 
 One server with TLS and two sites, set up with the commands that people use. Every drill runs the same job under another seed,
 does its harm, and compares the merged set with that of an undisturbed run: `lost` says what had to be done again.
@@ -22,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -298,8 +299,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("drills", nargs="*", default=list(DRILLS))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--table", action="store_true", help="print what is in the file, and do nothing else")
     given = parser.parse_args()
-    rows = csv.DictReader(given.out.read_text().splitlines()) if given.out.exists() else ()
+    rows = list(csv.DictReader(given.out.read_text().splitlines())) if given.out.exists() else []
+    if given.table:
+        print(table(rows))
+        return
     done = {row["drill"] for row in rows}
     wanted = [name for name in given.drills if name not in done]
     if not wanted:
@@ -311,6 +316,21 @@ def main() -> None:
             result = drilled(stage, name)
             append(given.out, result)
             print(result, flush=True)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """In Markdown, in the order of `DRILLS`."""
+    lines = ["| harm | as it should be | seconds | what is told | lost |", "|---|---|---:|---|---|"]
+    for row in sorted(rows, key=lambda row: list(DRILLS).index(row["drill"])):
+        cells = (
+            DRILLS[row["drill"]].__doc__,
+            "yes" if row["ok"] == "True" else "no",
+            row["seconds"],
+            row["sees"],
+            row["lost"],
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def drilled(stage: Stage, name: str) -> Result:

@@ -241,7 +241,8 @@ class Stage:
 
     def told(self, out: Path) -> list[str]:
         """What the operator can read of a run."""
-        return [f"{e.site}: {e.message}" for e in read_events(out / "events.jsonl")[0] if e.message]
+        events, _ = read_events(out / "events.jsonl")
+        return [": ".join(filter(None, (e.site, e.message))) for e in events if e.message]
 
     def steps(self, out: Path, site: str) -> list[int]:
         """How far a site was in its distillation, every time that it said so."""
