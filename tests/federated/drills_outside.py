@@ -8,11 +8,14 @@ import socket
 import ssl
 import subprocess
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,7 +24,7 @@ from networks import Apart, inside, start_nginx
 from stage import SITES, Result, Stage, about, before_all, disturbed, set_of
 
 from fedistill.certificates import DAYS, make_certificate
-from fedistill.deploy import environment, make_site_key, read_server
+from fedistill.deploy import Server, environment, make_site_key, read_server
 from fedistill.processes import process_tree, start_time
 from fedistill.rehearsal import fedistill, free_port
 
@@ -51,11 +54,11 @@ server {{
     }}
     location = /twice {{
         internal;
-        log_subrequest on;
-        proxy_pass https://{link}$request_uri;
+        proxy_pass http://127.0.0.1:{copies}$request_uri;
     }}
 }}
 """
+LATER = 2.0  # seconds after which an upload comes once more
 # What must not get past the proxy, spelt in ways that a proxy and a server may read differently.
 CLOSED = (
     "/", "/docs", "/openapi.json", "/health", "/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1//control/list-runs",
@@ -170,25 +173,61 @@ def answers_late(stage: Stage, name: str, seed: int) -> Result:
 
 
 def answers_twice(stage: Stage, name: str, seed: int) -> Result:
-    """Every answer of a site arrives twice: a proxy sends each of its uploads to the server two times"""
+    """Every answer of a site arrives twice: each of its uploads is copied on its way, and sent once more after two seconds"""
     server, port = read_server(stage.federation.server), free_port()
     place = Path(tempfile.mkdtemp(prefix="nginx-"))
-    (place / "twice.conf").write_text(TWICE.format(port=port, pki=server.pki, link=server.link))
-    nginx = start_nginx(place, place / "twice.conf", ("127.0.0.1", port))
-    try:
-        with diverted(stage, port):
-            began = time.monotonic()
-            out = stage.begin(name, seed=seed)
-            stage.wait(out)
-            result = stage.judged(name, seed, out, began, [])
-        lines = (place / "access.log").read_text().splitlines()
-    finally:
-        nginx.terminate()
-        nginx.wait()
-        shutil.rmtree(place)
-    once, twice = (sum(f"POST {path}" in line for line in lines) for path in ("/v1/fleet/push-", "/twice"))
-    print(f"uploads: {once}, and once more: {twice}", sorted(set(lines)), flush=True)
-    return replace(result, ok=result.ok and 0 < once == twice, lost="nothing")
+    with Copies(server) as copies:
+        file = place / "twice.conf"
+        file.write_text(TWICE.format(port=port, pki=server.pki, link=server.link, copies=copies.server_port))
+        nginx = start_nginx(place, file, ("127.0.0.1", port))
+        try:
+            with diverted(stage, port):
+                began = time.monotonic()
+                out = stage.begin(name, seed=seed)
+                stage.wait(out)
+                result = stage.judged(name, seed, out, began, [])
+        finally:
+            nginx.terminate()
+            nginx.wait()
+            shutil.rmtree(place)
+    counts = ", ".join(f"{count} answered by {status}" for status, count in sorted(copies.statuses.items()))
+    told = f"{result.sees}. {copies.statuses.total()} uploads once more: {counts}"
+    return replace(result, ok=result.ok and copies.statuses.total() > 0, sees=told, lost="nothing")
+
+
+class Copies(ThreadingHTTPServer):
+    """Takes copies of requests to a server, and sends each there after `LATER` seconds; `statuses`: of the answers."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(("127.0.0.1", 0), Copy)
+        self.server, self.statuses = server, Counter[int]()
+
+    def __enter__(self) -> Copies:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class Copy(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        copies = self.server
+        assert isinstance(copies, Copies)
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(204)
+        self.end_headers()
+        time.sleep(LATER)
+        trusting = ssl.create_default_context(cafile=copies.server.pki / "ca.crt")
+        wire = http.client.HTTPSConnection("127.0.0.1", copies.server.port, timeout=60, context=trusting)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
+        wire.request("POST", self.path, body, headers)
+        copies.statuses[wire.getresponse().status] += 1
+        wire.close()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @contextmanager
