@@ -111,8 +111,9 @@ def start(folder: Folder) -> None:
     except KeyboardInterrupt:
         return
     finally:
-        for child in reversed(children):  # with the server's parts of runs, which Flower leaves at work
-            stop_engine(child, {})
+        for child in reversed(children):
+            if child.poll() is None:
+                stop_engine(child, {})  # with the server's parts of runs, which Flower leaves at work
     raise FedistillError("stopped", "The server stopped by itself: what it printed says why.")
 
 
