@@ -202,7 +202,10 @@ class Config:
         low=0.0,
     )
     fl_shown: str = _key(
-        "", "earlier rounds of federated averaging that are judged too, a comma list such as 1,10", scope="eval"
+        "",
+        "earlier rounds of federated averaging that are judged too, a comma list such as 1,10; from a tenth of fl_rounds on, the "
+        "better half of the learning rates goes on",
+        scope="eval",
     )
     fl_mu: float = _key(0.1, "weight of the proximal term of compare=fedprox", scope="eval", low=0.0, high=1e3)
     compare: str = _key(

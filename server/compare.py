@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import Partition
+from fedistill.errors import FedistillError
 from fedistill.evaluation.alone import evaluate_alone
 from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import averaged_models, evaluate_average, path_of
@@ -24,6 +25,7 @@ from fedistill.evaluation.fit import Material
 from fedistill.files import read_json, write_json
 from fedistill.site.average import Local
 from fedistill.site.describe import task_of
+from fedistill.site.job import Progress
 from fedistill.synthetic.set import SyntheticSet
 from server.collect import job, with_arrays
 from server.replies import read_local
@@ -40,13 +42,21 @@ def compare(
     Raises `FedistillError` ("quorum") where fewer than `needed` sites answer.
     """
     config, names = run.config, comparators(run.config)
+    nodes = {node: site for node, site in nodes.items() if site in merged.sites}  # as in the other arms
+    needed = min(needed, len(nodes))
     results: dict[str, Figures] = {model: {} for model in architectures(config)}
 
     def keep(name: str, model: str, work: Callable[[], Figures]) -> None:
         file = run.folder / "compare" / f"{name}-{model}.json"
         if not file.exists():
             run.note("", "evaluate", "progress", message=f"{name} with {model}")
-            write_json(file, work())
+            try:
+                write_json(file, work())
+            except FedistillError as error:
+                if error.code == "quorum":
+                    raise
+                run.note("", "evaluate", "note", message=f"{name} with {model} is left out: {error.sentence}")
+                return
         results[model] |= {arm_of(config, arm): figures for arm, figures in read_json(file).items()}
 
     for model in averaged_models(config):
@@ -123,14 +133,19 @@ def _of_path(
 ) -> Figures:
     config, task = run.config, task_of(data)
     path = path_of(config, task, model, folder / AVERAGED, averaged["learning_rate"][0])
-    material = distil_path(config, task, model, path, ipc_of(config, merged))
+    material = distil_path(config, task, model, path, ipc_of(merged))
     upload = averaged["upload_bytes"]
     return {"fedavg-distilled": figures_of_set(config, data, model, material, upload, config.fl_rounds)}
 
 
 def _central(run: Run, data: Dataset, parts: Partition, model: str, merged: SyntheticSet) -> Figures:
-    index = {key: torch.cat([of_site[key] for of_site in parts.index]).sort().values for key in data.splits}
+    there = [index for name, index in zip(parts.names, parts.index, strict=True) if name in merged.sites]
+    index = {key: torch.cat([of_site[key] for of_site in there]).sort().values for key in data.splits}
     pooled = dataclasses.replace(data.at(index, data.name), site_names=("all",))
-    made = distil_centrally(run.config, pooled, merged, Path(run.config.work) / "central")
+
+    def notify(now: Progress) -> None:
+        run.note("", "evaluate", "progress", step=now.step, total=now.total, message="central-distilled")
+
+    made = distil_centrally(run.config, pooled, merged, Path(run.config.work) / "central", notify)
     upload = pooled.train.images.numel()
     return {"central-distilled": figures_of_set(run.config, data, model, Material(made.images, made.labels), upload, 1)}

@@ -207,29 +207,39 @@ def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int, va
     """
     sets: dict[str, SyntheticSet] = {}
     merged: SyntheticSet | None = None
-    best: tuple[tuple[float, ...], int] | None = None
+    several, best = run.config.rounds > 1, 0
+    worth: dict[int, tuple[float, ...]] = {}
     for round in range(1, run.config.rounds + 1):
-        content = slice_job(run.config, round, run.word, merged)
         there = {site: run.set_folder(round, site) for site in run.sites()}
         finished = {site: load_set(folder) for site, folder in there.items() if folder.exists()}
-        first = {node: content for node, site in nodes.items() if site not in finished}
-        failures = _distil(run, nodes, first, round, task, finished)
-        sets.update(finished)
-        if len(finished) < needed:
-            raise _below(needed, len(finished), [(nodes[node], f.reason) for node, f in failures.items()])
-        merged = _merged(run, task, sets, val)
-        if run.config.rounds > 1 and not run.merged_folder(round).exists():
-            save_set(merged, run.merged_folder(round))
-        if run.config.patience:
-            worth = _validated(run, nodes, task, merged, val, round)
-            best = max(best or (worth, round), (worth, round), key=lambda one: one[0])  # of equal ones the first
-            if round - best[1] >= run.config.patience:
+        if several and run.merged_folder(round).exists():  # a round that was done stays as it was
+            sets.update(finished)
+            merged = load_set(run.merged_folder(round))
+        else:
+            content = slice_job(run.config, round, run.word, merged)
+            first = {node: content for node, site in nodes.items() if site not in finished}
+            failures = _distil(run, nodes, first, round, task, finished)
+            sets.update(finished)
+            if len(finished) < needed:
+                raise _below(needed, len(finished), [(nodes[node], f.reason) for node, f in failures.items()])
+            merged = _merged(run, task, sets, val)
+            if several:
+                save_set(merged, run.merged_folder(round))
+        if several and run.config.patience:
+            found = _validated(run, nodes, task, merged, val, round)
+            if found is None:
                 run.note(
-                    "", "collect", "note", message=f"no better on validation since round {best[1]}: no more rounds"
+                    "", "collect", "note", message="no validation answers: all rounds are done, and the last counts"
                 )
+                worth.clear()
+                continue
+            worth[round] = found
+            best = max(worth, key=lambda r: worth[r])  # of equal ones the first
+            if round - best >= run.config.patience:
+                run.note("", "collect", "note", message=f"no better on validation since round {best}: no more rounds")
                 break
     assert merged is not None  # there is a round
-    return merged if best is None else load_set(run.merged_folder(best[1]))
+    return load_set(run.merged_folder(best)) if worth else merged
 
 
 def merged_sets(run: Run) -> list[SyntheticSet]:
@@ -240,18 +250,21 @@ def merged_sets(run: Run) -> list[SyntheticSet]:
 
 def _validated(
     run: Run, nodes: Mapping[int, str], task: Task, merged: SyntheticSet, val: Split | None, round: int
-) -> tuple[float, ...]:
-    """What a network that is trained on the merged set is worth on validation images: the server's own, or those of the sites."""
+) -> tuple[float, ...] | None:
+    """What a network that is trained on the merged set is worth on validation images: the server's own, or those of the sites;
+    None where no site answers."""
     file = run.folder / f"validated-{round}.json"
     if not file.exists():
+        model = architectures(run.config)[0]
+        one = dataclasses.replace(run.config, eval_models=model, eval_nets=1)
         if val is not None:
-            alone = dataclasses.replace(run.config, eval_nets=1)
-            material = Material(merged.images, merged.labels)
-            found = select_and_test(alone, task, architectures(alone)[0], material, val, val)
+            found = select_and_test(one, task, model, Material(merged.images, merged.labels), val, val)
             worth = merit(found.val_scores[0], task.kind)
         else:
-            first = dataclasses.replace(run.config, eval_models=architectures(run.config)[0])
-            worth = max(_worth(run, nodes, task, candidates(first, task, merged))[0].values())
+            each, answered = _worth(run, nodes, task, candidates(one, task, merged))
+            if not answered:
+                return None
+            worth = max(each.values(), default=(0.0,))  # nothing, where every network diverged
         write_json(file, {"merit": list(worth)})
     return tuple(read_json(file)["merit"])
 
@@ -406,9 +419,12 @@ def _ask(
     phases: Mapping[str, str] | None = None,
 ) -> dict[int, Failure]:
     """A conversation with every node in `first`, whose crashes and failures go to the event log."""
-    other = {"query.describe": "describe", "evaluate.models": "evaluate", "train.fedavg": "evaluate"}.get(
-        kind, "collect"
-    )
+    other = {
+        "query.describe": "describe",
+        "evaluate.models": "evaluate",
+        "train.fedavg": "evaluate",
+        "train.alone": "evaluate",
+    }.get(kind, "collect")
 
     def tell(node: int, status: str, message: str) -> None:
         site = nodes.get(node, "")

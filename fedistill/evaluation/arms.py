@@ -88,7 +88,8 @@ def all_arms(
 ) -> Iterator[Arm]:
     """The four arms of one seed; sites that are not in the merged set are left out of "random real" and "local only" too.
 
-    rounds: the merged set of every round, where there were several; an upload is that of all rounds up to then.
+    rounds: the merged set of every round, where there were several. An upload is that of all rounds up to then; that of the union
+        counts all that were done, though an earlier one may have been the best.
     """
     counts = {
         name: torch.bincount(merged.groups[merged.of_site(name)], minlength=data.classes).tolist()
@@ -96,12 +97,14 @@ def all_arms(
     }
     task = task_of(data)
     pixels = math.prod(data.geometry)  # bytes of a real image
-    sent = 0
+    sent, chosen = 0, None
     for round, made in enumerate(rounds, start=1):
         sent += size(*encode(made))
-        if round < len(rounds):
+        if torch.equal(made.images, merged.images):
+            chosen = round
+        else:
             yield Arm(f"distilled-{round}", [Material(made.images, made.labels)], sent, round)
-    yield Arm("distilled", [Material(merged.images, merged.labels)], sent or size(*encode(merged)), len(rounds) or None)
+    yield Arm("distilled", [Material(merged.images, merged.labels)], sent or size(*encode(merged)), chosen)
     random = random_real(data, part, counts, config.seed)
     yield Arm("random_real", [of_split(random, task)], len(random) * pixels)
     local = [data.train.take(i["train"]) for name, i in zip(part.names, part.index, strict=True) if name in counts]

@@ -30,6 +30,7 @@ from fedistill.site.describe import task_of
 
 # Ten times those of other arms (`fit.LEARNING_RATES`): there is no momentum of 0.9 here.
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+EARLY = 0.1  # of all rounds: until then no learning rate is given up
 
 Ask = Callable[[int, dict[str, Tensor]], Mapping[str, Local]]  # round, global parameters -> the answer of each site
 
@@ -97,14 +98,16 @@ def evaluate_average(
 ) -> dict[str, dict[str, Any]]:
     """Figures of `arm`, as `arms.evaluate_arms` has them of others, and of `arm-R` after each earlier round R that is shown.
 
-    After each of these the better half of the learning rates goes on (successive halving, Jamieson and Talwalkar, AISTATS 2016).
+    After each of these the better half of the learning rates goes on (successive halving, Jamieson and Talwalkar, AISTATS 2016),
+    but for the very first rounds, which say little of the last.
     """
     figures, rates = {}, rates_of(config)
     for rounds in shown_rounds(config):
         name = arm if rounds == config.fl_rounds else f"{arm}-{rounds}"
         result, upload = averaged(config, data, model, ask, folder, rounds, rates)
         figures[name] = _figures(result, upload, rounds)
-        rates = result.rates[: -(-len(rates) // 2)]
+        if rounds >= EARLY * config.fl_rounds:
+            rates = result.rates[: -(-len(rates) // 2)]
     return figures
 
 
@@ -130,9 +133,13 @@ def averaged(
 
 def path_of(config: Config, task: Task, model: str, folder: Path, rate: float) -> Tensor:
     """The global parameters `(R+1, P)` before the first and after each round that `averaged` left in `folder`, of the first network
-    at `rate`."""
+    at `rate`. Raises `FedistillError` ("diverged") where it did not last."""
     ((name, theta),) = _initial(config, task, model, [(rate, config.seed)]).items()
     files = [_round_file(folder, name, round) for round in range(1, config.fl_rounds + 1)]
+    if not files[-1].exists():
+        raise FedistillError(
+            "diverged", f"federated averaging of {model} diverged at every learning rate that was tried"
+        )
     return torch.stack([theta, *(read_tensors(file)[0]["theta"] for file in files)])
 
 

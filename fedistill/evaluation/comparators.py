@@ -17,11 +17,12 @@ def comparators(config: Config) -> list[str]:
     Raises `FedistillError` on a name that there is not, and on one that needs rounds of averaging, or has no private form.
     """
     names = [name.strip() for name in config.compare.split(",") if name.strip()]
-    if names == ["all"]:
+    for name in names:
+        if name not in (*COMPARATORS, "all"):
+            raise unknown("arm of comparison", name, (*COMPARATORS, "all"))
+    if "all" in names:
         return [name for name in COMPARATORS if not _hindrance(config, name)]
     for name in names:
-        if name not in COMPARATORS:
-            raise unknown("arm of comparison", name, (*COMPARATORS, "all"))
         if why := _hindrance(config, name):
             raise FedistillError("no-comparison", f"compare={config.compare}: {name} {why}.")
     return list(dict.fromkeys(names))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,35 @@ from fedistill.evaluation.fit import Material, select_and_test
 from fedistill.experts.train import Task
 from fedistill.matching.distil import distil, start
 from fedistill.matching.problem import Bundle, prepare
-from fedistill.methods.registry import METHODS
+from fedistill.methods.registry import METHODS, method_of
 from fedistill.site.describe import task_of
-from fedistill.site.job import advance, released_set
+from fedistill.site.job import Progress, advance, released_set
 from fedistill.synthetic.set import SyntheticSet
 
 EVERYWHERE = "all sites"
 
 
-def ipc_of(config: Config, merged: SyntheticSet) -> int:
+def ipc_of(merged: SyntheticSet) -> int:
     """Images per class of one set as large as the union."""
     return max(1, round(len(merged) / len(merged.class_names)))
 
 
-def distil_centrally(config: Config, pooled: Dataset, merged: SyntheticSet, work: Path) -> SyntheticSet:
-    """The set that one site with all images would send. It is kept in `work`, with the ledger that private work needs."""
-    whole = dataclasses.replace(config, ipc=ipc_of(config, merged), rounds=1)
-    while not advance(whole, pooled, EVERYWHERE, work, seconds=math.inf).done:
-        pass
-    return released_set(whole, pooled, EVERYWHERE, work)
+def distil_centrally(
+    config: Config, pooled: Dataset, merged: SyntheticSet, work: Path, notify: Callable[[Progress], None]
+) -> SyntheticSet:
+    """The set that one site with all images would send, of as much work as all sites' sets together.
+
+    It is kept in `work`, with the ledger that private work needs, and goes on there after a stop.
+    """
+    iterations = config.iterations * config.rounds
+    if method_of(config).schedule is not None:  # whose iterations see a batch of the set, and not all of it
+        iterations *= len(merged.sites)
+    whole = dataclasses.replace(config, ipc=ipc_of(merged), rounds=1, iterations=iterations)
+    while True:
+        progress = advance(whole, pooled, EVERYWHERE, work, seconds=config.slice_seconds)
+        if progress.done:
+            return released_set(whole, pooled, EVERYWHERE, work)
+        notify(progress)
 
 
 def distil_path(config: Config, task: Task, model: str, path: Tensor, ipc: int) -> Material:
@@ -48,7 +59,7 @@ def distil_path(config: Config, task: Task, model: str, path: Tensor, ipc: int) 
     about = dataclasses.replace(
         config, method="mtt", model=model, experts=1, checkpoint_every=1, expert_steps=len(path) - 1, ipc=ipc, rounds=1,
         budget="equal", init="noise", labels="auto", mask="auto", overlap="auto", denoise="none", window=1.0,
-        iterations=max(1, config.iterations // LIGHT.get(config.method, 1)),
+        iterations=max(1, config.rounds * config.iterations // LIGHT.get(config.method, 1)),
     )  # fmt: skip
     bundle = Bundle(task=task, trajectories=(path,), counts=(ipc,) * task.classes, findings=_one_each(task, ipc))
     matching = prepare(about, METHODS["mtt"], bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,12 @@ def choose_and_test(
     began = time.monotonic()
     net = task.network(model, config)
     searched = train([(lr, config.seed) for lr in rates])
-    worth = [merit(score(answer(net, theta, val.images, task), val.labels, task.kind), task.kind) for theta in searched]
+    worth = [
+        merit(score(answer(net, theta, val.images, task), val.labels, task.kind), task.kind)
+        if torch.isfinite(theta).all()
+        else (-math.inf,)
+        for theta in searched
+    ]
     order = sorted(range(len(rates)), key=lambda i: worth[i], reverse=True)
     chosen = order[0]
     lr = rates[chosen]

@@ -66,7 +66,7 @@ def arms_chart(summary: Mapping[str, Any], metric: str) -> str:
     for key, arm in arms:
         mean, std = mean_of(arm.get(metric)), std_of(arm.get(metric)) or 0.0
         ends = None if mean is None else (mean - std, mean, mean + std)
-        dots.append((arm_name(key), score(arm.get(metric)), ends))
+        dots.append((arm_name(key, arm.get("rounds")), score(arm.get(metric)), ends))
     return _dots(f"{METRICS[metric]} of each arm", dots, chance=_chance(summary, metric), coloured=True)
 
 

@@ -187,6 +187,7 @@ def _union(config: Config, promises: Mapping[str, SiteClaim]) -> Json:
         "statement": claim.sentence,
         "averaging_epsilon": config.epsilon if config.fl_rounds else None,
         "alone_epsilon": config.epsilon if set(ALONE) & set(comparators(config)) else None,
+        "central_epsilon": config.epsilon if "central-distilled" in comparators(config) else None,
         "answers_epsilon": config.eval_epsilon or None,
         "simulated": config.server_data == "same",
     }

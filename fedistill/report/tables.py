@@ -47,9 +47,10 @@ MISSING = "n/a"
 BEST = "★"
 
 
-def arm_name(arm: str) -> str:
-    """`dp-fedavg-10`: Private federated averaging, 10 rounds."""
+def arm_name(arm: str, last: int | None = None) -> str:
+    """`dp-fedavg-10`: Private federated averaging, 10 rounds. last: the rounds of an arm whose key says none."""
     name, rounds = without_rounds(arm)
+    rounds = rounds or (last if last and last > 1 else 0)
     known = ARM_NAMES.get(name.removeprefix(PRIVATE))
     if known is None:
         return plain(arm)
@@ -227,6 +228,10 @@ def guarantee(summary: Mapping[str, Any]) -> str:
         words.append(
             f"So did, up to epsilon={union['alone_epsilon']:g}, the networks that sites trained alone for comparison."
         )
+    if union.get("central_epsilon"):
+        words.append(
+            f"So did, up to epsilon={union['central_epsilon']:g}, distilling all images together for comparison."
+        )
     if union.get("answers_epsilon"):
         words.append(
             f"Validation and test images are other people's: each site's answers on them cost epsilon={union['answers_epsilon']:g}."
@@ -367,7 +372,7 @@ def _arm_columns(summary: Mapping[str, Any]) -> list[str]:
 def _arm_rows(summary: Mapping[str, Any]) -> Iterator[list[str]]:
     best, metrics = best_arm(summary), metrics_of(summary)
     for key, arm in arms_in_order(summary.get("arms") or {}):
-        name = arm_name(key) + (f" {BEST}" if key == best else "")
+        name = arm_name(key, arm.get("rounds")) + (f" {BEST}" if key == best else "")
         yield [name, *(score(arm.get(m)) for m in metrics), images_of(key, arm), size(arm.get("upload_bytes"))]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedistill.config import LIGHT, Config
 from fedistill.evaluation.arms import architectures
-from fedistill.evaluation.average import rates_of, shown_rounds
+from fedistill.evaluation.average import EARLY, rates_of, shown_rounds
 from fedistill.evaluation.comparators import ALONE, comparators
 from fedistill.evaluation.fit import LEARNING_RATES
 from fedistill.matching.problem import horizon
@@ -81,8 +81,8 @@ def _comparing(c: Config, sites: int, trainings: int, distilling: float) -> floa
     shown, rates = shown_rounds(c), len(rates_of(c))
     rounds, before = 0, 0
     for round in shown if c.fl_rounds else ():
-        rounds += rates * (round - before)  # the better half of the rates goes on
-        rates, before = -(-rates // 2), round
+        rounds += rates * (round - before)
+        rates, before = -(-rates // 2) if round >= EARLY * c.fl_rounds else rates, round
     rounds += (0 if private else c.eval_nets - 1) * c.fl_rounds
     work = rounds * c.fl_steps * sites * c.expert_batch * (1 + ("fedprox" in names))
     if set(ALONE) & set(names):

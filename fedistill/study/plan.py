@@ -178,6 +178,8 @@ def cells_of(study: Study) -> list[Cell]:
 
 def _cell(study: Study, arm: str, settings: Mapping[str, Any]) -> Cell:
     from fedistill.evaluation.arms import architectures
+    from fedistill.evaluation.average import shown_rounds
+    from fedistill.evaluation.comparators import comparators
     from fedistill.methods.registry import method_of
     from fedistill.privacy.rules import check_private
 
@@ -188,6 +190,8 @@ def _cell(study: Study, arm: str, settings: Mapping[str, Any]) -> Cell:
         method_of(config)
         architectures(config)
         check_private(config)
+        comparators(config)
+        shown_rounds(config)
     except FedistillError as error:
         raise FedistillError(error.code, f"The cell '{name}' cannot be: {error.sentence}") from None
     columns = {key: arm if key == ARM else getattr(config, key) for key in study.columns}

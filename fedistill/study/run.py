@@ -69,8 +69,7 @@ def run_study(
         share = max(1, (os.cpu_count() or 1) // jobs)
         write_plan(study, cells, out, workers=share)
         write_results(out, study, cells)
-        if tracker:
-            track(tracker, study, cells, out)
+        _send(study, cells, out, console, tracker)
         if todo:
             _work(study, cells, todo, out, console, jobs, command, tracker)
     return outcome(study, cells, out)
@@ -220,8 +219,7 @@ def _work(
                         record["status"] == "ok"
                     )  # a failure says nothing of the time that others take
                     write_results(out, study, cells)
-                    if tracker:
-                        track(tracker, study, cells, out)
+                    _send(study, cells, out, console, tracker)
                     how = "done" if record["status"] == "ok" else f"failed: {record['reason']}"
                     how += f" in {duration(record['seconds'])}"
                     left = _left(time.monotonic() - began, ended, [*waiting, *(c.cell for c in running)], costs)
@@ -281,6 +279,16 @@ def _left(seconds: float, ended: Sequence[Cell], left: Sequence[Cell], costs: di
     if not left or not done:
         return ""
     return f", about {duration(seconds / done * sum(costs[cell.key].seconds for cell in left))} left"
+
+
+def _send(study: Study, cells: Sequence[Cell], out: Path, console: Console, tracker: str) -> None:
+    """A tracker that cannot be reached stops no study: what it was not sent, it is sent next time."""
+    if not tracker:
+        return
+    try:
+        track(tracker, study, cells, out)
+    except Exception as error:  # it is a program of others, and mostly a network
+        console.print(f"{tracker} did not take the results ({type(error).__name__}): another try later.", markup=False)
 
 
 def _tell(console: Console, what: str, cells: Sequence[Cell], out: Path) -> None:

@@ -30,11 +30,12 @@ def track(name: str, study: Study, cells: Sequence[Cell], out: Path) -> int:
     file = out / f"tracked-{name}.json"
     sent = dict(read_json(file)) if file.exists() else {}
     rows = collect(out, study, cells)
-    new = [cell for cell in cells if finished(out, cell) and sent.get(cell.key) != cell.seeds]
+    new = [cell for cell in cells if finished(out, cell) and set(cell.seeds) - set(sent.get(cell.key, ()))]
     for cell in new:
+        before = set(sent.get(cell.key, ()))
         figures: dict[int, dict[str, float]] = defaultdict(dict)
         for row in rows:
-            if row["cell"] == cell.key:
+            if row["cell"] == cell.key and row["seed"] not in before:
                 where = f"{row['eval_model']}/{row['trained_on']}"
                 figures[row["seed"]] |= {f"{where}/{k}": float(row[k]) for k in FIGURES if row[k] is not None}
         send(package, study, cell, figures, out)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fedistill.api import distill_site
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
+from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.alone import evaluate_alone
 from fedistill.evaluation.comparators import COMPARATORS, arm_of, comparators
-from fedistill.evaluation.distilled import distil_path
+from fedistill.evaluation.distilled import distil_centrally, distil_path
 from fedistill.evaluation.fit import fit, of_split, predict
 from fedistill.evaluation.metrics import score
 from fedistill.experts.train import sgd
@@ -22,6 +25,8 @@ from fedistill.models.loss import loss_of
 from fedistill.seeding import generator
 from fedistill.site.average import Local, train_alone
 from fedistill.site.describe import task_of
+from fedistill.site.job import Progress
+from fedistill.synthetic.merge import merge
 
 ARMS = ["ensemble", "one-shot", "ensemble-distilled"]
 
@@ -109,10 +114,37 @@ def test_a_set_along_a_path_leads_a_network_along_it(tiny: Dataset) -> None:
     assert nearest(made.images) < nearest(noise) - 0.05
 
 
+@pytest.mark.parametrize("task", ["multilabel", "ordinal"])
+def test_a_path_is_distilled_for_every_kind_of_task(task: str) -> None:
+    config = settings(task=task, phantom_images=60, phantom_size=16, segment=1, syn_steps=1, iterations=2)
+    data = load_data(config)
+    net = task_of(data).network("mlp", config)
+    path = torch.stack([net.initial(generator(0, "a")), net.initial(generator(1, "a"))])
+    made = distil_path(config, task_of(data), "mlp", path, 2)
+    assert len(made.images) == len(made.labels) == 2 * data.classes
+    assert torch.isfinite(made.images).all()
+
+
+@pytest.mark.parametrize(("method", "times"), [("dm", 1), ("mtt", 2)])
+def test_distilling_centrally_is_as_much_work_as_at_the_sites(
+    tiny: Dataset, tmp_path: Path, method: str, times: int
+) -> None:
+    """Iterations of all rounds; of a method whose iterations see a batch of the set, as many as at both sites."""
+    config = settings(method=method, ipc=1, iterations=3, rounds=2, experts=1, expert_steps=20, segment=1, syn_steps=1)
+    merged = merge([distill_site(replace(config, rounds=1), s, s.name, tmp_path) for s in sites_of(config, tiny)])
+    seen: list[Progress] = []
+    slow = replace(config, slice_seconds=0.0)
+    made = distil_centrally(slow, tiny, merged, tmp_path / "central", seen.append)
+    assert len(made) == len(merged) == 6
+    assert made.manifest["all sites"]["iterations"] == 3 * 2 * times
+    assert {p.total for p in seen if p.phase == "distill"} == {3 * 2 * times}
+
+
 def test_comparators_are_checked_and_all_means_all_that_can_be() -> None:
     assert comparators(settings(compare="all", fl_rounds=5)) == list(COMPARATORS)
     assert comparators(settings(compare="all")) == ["ensemble", "one-shot", "ensemble-distilled", "central-distilled"]
     assert comparators(settings(compare=" ensemble,ensemble ")) == ["ensemble"]
+    assert comparators(settings(compare="ensemble,all")) == comparators(settings(compare="all"))
     private = settings(compare="all", fl_rounds=5, privacy="dp", epsilon=1.0, method="sketch")
     assert "fedprox" not in comparators(private)
     assert arm_of(private, "ensemble") == "dp-ensemble"
@@ -120,6 +152,7 @@ def test_comparators_are_checked_and_all_means_all_that_can_be() -> None:
         ("ensembl", 0, "ensemble"),
         ("fedprox", 0, "set fl_rounds"),
         ("fedavg-distilled", 2, "at least segment=4 rounds"),
+        ("all,ensembl", 0, "ensemble"),
     ):
         with pytest.raises(FedistillError, match=words):
             comparators(settings(compare=compare, fl_rounds=rounds))

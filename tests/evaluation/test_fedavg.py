@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedistill.evaluation.average import (
     run_rounds,
     shown_rounds,
 )
-from fedistill.evaluation.fit import predict
+from fedistill.evaluation.fit import choose_and_test, predict
 from fedistill.evaluation.metrics import score
 from fedistill.files import read_json
 from fedistill.seeding import generator
@@ -106,7 +107,7 @@ def test_an_earlier_round_is_what_fewer_rounds_would_have_been(tiny: Dataset, tm
 
 
 def test_the_better_half_of_the_rates_goes_on(tiny: Dataset, tmp_path: Path) -> None:
-    config = settings(fl_rounds=3, fl_shown="1,2", eval_nets=1)
+    config = settings(fl_rounds=12, fl_shown="1,2,3", fl_steps=1, eval_nets=1)
     parts, asked = partition(tiny, config), []
 
     def ask(round: int, thetas: Mapping[str, Tensor]) -> dict[str, Local]:
@@ -115,10 +116,29 @@ def test_the_better_half_of_the_rates_goes_on(tiny: Dataset, tmp_path: Path) -> 
         return {s.name: train_round(config, s, s.name, tmp_path, round=round, thetas=thetas) for s in sites}
 
     figures = evaluate_average(config, tiny, "mlp", ask, tmp_path / "a", "fedavg")
-    assert [len(rates) for rates in asked] == [5, 3, 2]
-    assert set(asked[2]) < set(asked[1]) < set(RATES)
-    assert figures["fedavg-1"]["learning_rate"][0] in asked[1]
+    assert [len(rates) for rates in asked] == [5, 5, 3, *[2] * 9]  # not after the first round: it says little
+    assert set(asked[3]) < set(asked[2]) < set(RATES)
     assert figures["fedavg-2"]["learning_rate"][0] in asked[2]
+    assert figures["fedavg-3"]["learning_rate"][0] in asked[3]
+
+
+def test_a_network_that_diverged_is_chosen_only_where_all_did(tiny: Dataset) -> None:
+    """One that is surely wrong on every image is better than none."""
+    config, task = settings(eval_nets=1), task_of(tiny)
+    net = task.network("mlp", config)
+    wrong = net.initial(generator(0, "wrong"))
+
+    def train(todo: Sequence[tuple[float, int]]) -> list[Tensor]:
+        return [wrong if rate == 0.1 else wrong * float("nan") for rate, _ in todo]
+
+    def answer(net: Any, theta: Tensor, images: Tensor, task: Any) -> Tensor:
+        labels = tiny.val.labels if len(images) == len(tiny.val) else tiny.test.labels
+        one = torch.nn.functional.one_hot((labels + 1) % 3, 3).float()
+        return one if torch.isfinite(theta).all() else torch.full((len(images), 3), 1 / 3)
+
+    judged = partial(choose_and_test, config, task, "mlp", train, tiny.val, tiny.test, nets=1, answer=answer)
+    assert judged(rates=(0.01, 0.1)).learning_rate == 0.1
+    assert judged(rates=(0.01, 0.02)).learning_rate == 0.01
 
 
 def test_the_way_of_the_global_network_begins_and_ends_where_it_did(tiny: Dataset, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ from localgrid import LocalGrid, real_site, serve
 
 from client.app import app as client_app
 from fedistill.config import Config
+from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
+from fedistill.evaluation.fit import Material, select_and_test
+from fedistill.evaluation.metrics import merit
 from fedistill.events import read_events
 from fedistill.files import read_json
+from fedistill.site.describe import task_of
 from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
 from server import stages
@@ -25,8 +31,13 @@ TINY = Config(
 ).resolved()  # fmt: skip
 
 
-def run(out: Path, nodes: list[dict[str, Any]] | None = None, **changes: Any) -> LocalGrid:
-    grid = LocalGrid(client_app, nodes or [{"partition-id": i} for i in range(2)])
+def run(
+    out: Path,
+    nodes: list[dict[str, Any]] | None = None,
+    break_with: Callable[[str, int, int], float | None] = lambda kind, node, before: None,
+    **changes: Any,
+) -> LocalGrid:
+    grid = LocalGrid(client_app, nodes or [{"partition-id": i} for i in range(2)], break_with)
     serve(grid, dataclasses.replace(TINY, out=str(out), **changes))
     return grid
 
@@ -57,7 +68,54 @@ def test_rounds_stop_where_validation_gets_no_better(
     assert [(folder / f"merged-{r}").exists() for r in (1, 2, 3)] == [r <= done for r in (1, 2, 3)]
     assert identity(load_set(folder / "merged")) == identity(load_set(folder / f"merged-{best}"))
     told = [e.message for e in read_events(tmp_path / "run/events.jsonl")[0] if "no more rounds" in e.message]
-    assert told == ([f"no better on validation since round {best}: no more rounds"] if best < done else [])
+    stopped = f"no better on validation since round {best}: no more rounds"
+    assert told == ([stopped] if done - best >= 1 else [])
+    arms = read_json(folder / "arms.json")["mlp"]
+    others = {f"distilled-{r}" for r in range(1, done + 1) if r != best}
+    assert {name for name in arms if name.startswith("distilled")} == {"distilled", *others}
+    assert arms["distilled"]["rounds"] == best
+    assert arms["distilled"]["upload_bytes"] >= max(arms[name]["upload_bytes"] for name in others)  # all that was sent
+
+
+def test_the_servers_validation_images_judge_a_round(tmp_path: Path) -> None:
+    run(tmp_path / "run", patience=1, rounds=2)
+    data = load_data(TINY)
+    made = load_set(tmp_path / "run/seed-0/merged-1")
+    found = select_and_test(TINY, task_of(data), "mlp", Material(made.images, made.labels), data.val, data.val)
+    assert read_json(tmp_path / "run/seed-0/validated-1.json")["merit"] == list(merit(found.val_scores[0], data.kind))
+
+
+def test_a_round_that_was_done_stays_as_it_was(tmp_path: Path) -> None:
+    """A site that failed in it is not asked again after a stop: others went on from what was made without it."""
+
+    def first_fails(kind: str, node: int, before: int) -> float | None:
+        return 2 if (kind, node, before) == ("train.distill", 1, 0) else None
+
+    out = tmp_path / "run"
+    run(out, break_with=first_fails, rounds=2)
+    assert load_set(out / "seed-0/merged-1").sites == ("site-1",)
+    before = identity(load_set(out / "seed-0/merged-1"))
+    for path in ("merged", "merged-2", "round-2"):
+        shutil.rmtree(out / "seed-0" / path)
+    (out / "seed-0/arms.json").unlink()
+    (out / "seed-0/federated.json").unlink()
+    run(out, rounds=2)
+    assert identity(load_set(out / "seed-0/merged-1")) == before
+    assert load_set(out / "seed-0/merged").sites == ("site-1", "site-2")
+
+
+def test_where_no_site_validates_all_rounds_are_done(tmp_path: Path) -> None:
+    nodes = [real_site(name, tmp_path / name) for name in ("north", "south")]
+    silent = lambda kind, node, before: 2 if kind == "evaluate.models" else None  # noqa: E731
+    run(tmp_path / "run", nodes, silent, server_data="none", patience=1)
+    folder = tmp_path / "run/seed-0"
+    assert identity(load_set(folder / "merged")) == identity(load_set(folder / "merged-3"))
+    assert "no validation answers: all rounds" in (tmp_path / "run/events.jsonl").read_text()
+
+
+def test_patience_means_nothing_where_there_is_one_round(tmp_path: Path) -> None:
+    run(tmp_path / "run", patience=2, rounds=1)
+    assert "distilled" in read_json(tmp_path / "run/seed-0/arms.json")["mlp"]
 
 
 def test_without_data_at_the_server_the_sites_validate(tmp_path: Path) -> None:

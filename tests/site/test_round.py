@@ -14,6 +14,7 @@ from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.data.public import normalise
 from fedistill.errors import FedistillError
+from fedistill.experts.train import sgd
 from fedistill.models.loss import targets_of
 from fedistill.privacy.accounting import epsilon_of
 from fedistill.privacy.dpsgd import per_image_loss
@@ -49,6 +50,21 @@ def one(config: Config, data: Dataset, work: Path, round: int = 1, name: str = N
 def entries(work: Path) -> list[Any]:
     path = ledger_file(work, "north")
     return Ledger(path).entries() if path.exists() else []
+
+
+def test_the_proximal_term_pulls_towards_the_global_parameters(tiny: Dataset, tmp_path: Path) -> None:
+    """Beside plain SGD on loss + mu/2 |theta - theta_global|^2, differentiated by autograd, over the same batches."""
+    config, mu, rate = settings(fl_steps=3), 0.7, 0.1
+    task, begin = task_of(tiny), start(config, tiny)
+    got = one(config, tiny, tmp_path, mu=mu).thetas[NAME]
+    net, theta = task.network("mlp", config), begin
+    plain = sgd(config, task, net, tiny.train, rate, generator(0, "average", "north", NAME, 1))
+    for _ in range(3):
+        leaf = theta.clone().requires_grad_(True)
+        (pull,) = torch.autograd.grad(mu / 2 * (leaf - begin).square().sum(), leaf)
+        theta = plain(theta) - rate * pull
+    torch.testing.assert_close(got, theta)
+    assert (got - begin).norm() < (one(config, tiny, tmp_path).thetas[NAME] - begin).norm()
 
 
 def test_every_network_is_trained_at_its_rate_and_anew_in_each_round(tiny: Dataset, tmp_path: Path) -> None:

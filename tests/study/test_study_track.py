@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tinystudy import write_study
 
 from fedistill.errors import FedistillError
 from fedistill.files import write_json
 from fedistill.study import track as tracking
-from fedistill.study.plan import Cell, Study, cells_of, read_study
+from fedistill.study.plan import Cell, Study, cells_of, read_study, with_changes
 from fedistill.study.results import record_path, write_results
+from fedistill.study.run import run_study, write_plan
 from fedistill.study.track import check_tracker, track
 
 
@@ -24,6 +27,7 @@ def half(tmp_path: Path) -> tuple[Study, list[Cell], Path]:
     """A study of which one cell is finished."""
     study = read_study(write_study(tmp_path))
     cells, out = cells_of(study), tmp_path / "out"
+    write_plan(study, cells, out, workers=1)
     finish(out, cells[0])
     write_results(out, study, cells)
     return study, cells, out
@@ -52,6 +56,39 @@ def test_every_finished_cell_is_sent_once(
     finish(out, cells[1])
     assert track("mlflow", study, cells, out) == 1
     assert [key for key, _ in sent] == [cells[0].key, cells[1].key]
+
+
+def test_seeds_that_come_later_are_sent_alone(
+    half: tuple[Study, list[Cell], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, cells, out = half
+    sent: list[list[int]] = []
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("json", lambda p, s, c, figures, o: sent.append(sorted(figures))))
+    track("wandb", study, cells, out)
+    more = cells_of(with_changes(study, {}, 3))
+    finish(out, more[0])
+    track("wandb", study, more, out)
+    assert sent == [[0, 1], [2]]
+
+
+def test_a_tracker_that_fails_stops_no_study(
+    half: tuple[Study, list[Cell], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, cells, out = half
+    told = StringIO()
+
+    def refuse(*_: Any) -> None:
+        raise ConnectionError("no route to a secret host")
+
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", ("json", refuse))
+    for cell in cells[1:]:
+        finish(out, cell)
+    run_study(study, cells, out, Console(file=told), tracker="mlflow")
+    assert told.getvalue() == "mlflow did not take the results (ConnectionError): another try later.\n"
+    sent: list[str] = []
+    monkeypatch.setitem(tracking.TRACKERS, "mlflow", ("json", lambda p, s, cell, f, o: sent.append(cell.key)))
+    run_study(study, cells, out, Console(file=told), tracker="mlflow")
+    assert sent == [cell.key for cell in cells]
 
 
 def test_what_is_not_there_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
