@@ -38,7 +38,7 @@ from fedistill.simulation import app_folder
 from fedistill.site.gate import identity
 from fedistill.synthetic.store import load_set
 
-KILLS, PARTS = 12, 0.7  # how many, and how often a part of a run where one is there
+KILLS, PARTS = 12, 0.6  # how many, and which share of them are parts of a run
 NEWER = """\
 import fedistill.config
 fedistill.config.ALGORITHM += 1000
@@ -102,7 +102,7 @@ def killed_often(stage: Stage, name: str, seed: int) -> Result:
     steps, harm = stage.steps(out, "north"), time.monotonic()
     with stage.kept(out) as needed:
         while kills.total() < KILLS and not (out / "summary.json").exists():
-            time.sleep(chance.uniform(2, 20))
+            time.sleep(chance.uniform(2, 12))
             what = killed(stage, chance)
             kills[what] += 1
             if what in ("run", "server"):
@@ -120,21 +120,22 @@ def killed_often(stage: Stage, name: str, seed: int) -> Result:
 
 
 def killed(stage: Stage, chance: random.Random) -> str:
-    """What was killed: of what is there, by chance. A part of a run goes before a whole machine, which takes its parts with it."""
+    """What was killed, by chance: a part of a run, or a whole machine, which takes its parts with it."""
     parts = {f"client of {site}": (site, "guard.py") for site in SITES} | {"run": ("server", "flwr-serverapp")}
+    part = chance.random() < PARTS
     while True:
         there = {what: pid for what, words in parts.items() if (pid := stage.find(*words)) is not None}
         whole = [name for name in ("server", *SITES) if stage.federation.processes[name].poll() is None]
-        if there and chance.random() < PARTS:
+        if part and there:
             what = chance.choice(sorted(there))
             with suppress(ProcessLookupError):
                 os.kill(there[what], signal.SIGKILL)
                 return what
-        elif whole:
+        elif whole and not part:
             what = chance.choice(whole)
             stage.federation.kill(what)
             return what
-        time.sleep(0.5)  # all may be down
+        time.sleep(0.1)  # all may be down
 
 
 def disk_full(stage: Stage, name: str, seed: int) -> Result:
