@@ -103,7 +103,8 @@ def killed_often(stage: Stage, name: str, seed: int) -> Result:
     with stage.kept(out) as needed:
         while kills.total() < KILLS and not (out / "summary.json").exists():
             time.sleep(chance.uniform(2, 12))
-            what = killed(stage, chance)
+            if (what := killed(stage, out, chance)) is None:
+                break
             kills[what] += 1
             if what in ("run", "server"):
                 needed.set()
@@ -119,11 +120,11 @@ def killed_often(stage: Stage, name: str, seed: int) -> Result:
     )
 
 
-def killed(stage: Stage, chance: random.Random) -> str:
-    """What was killed, by chance: a part of a run, or a whole machine, which takes its parts with it."""
+def killed(stage: Stage, out: Path, chance: random.Random) -> str | None:
+    """What was killed, by chance: a part of a run, or a whole machine, which takes its parts with it. None: the run has ended."""
     parts = {f"client of {site}": (site, "guard.py") for site in SITES} | {"run": ("server", "flwr-serverapp")}
     part = chance.random() < PARTS
-    while True:
+    while not (out / "summary.json").exists():
         there = {what: pid for what, words in parts.items() if (pid := stage.find(*words)) is not None}
         whole = [name for name in ("server", *SITES) if stage.federation.processes[name].poll() is None]
         if part and there:
@@ -136,6 +137,7 @@ def killed(stage: Stage, chance: random.Random) -> str:
             stage.federation.kill(what)
             return what
         time.sleep(0.1)  # all may be down
+    return None
 
 
 def disk_full(stage: Stage, name: str, seed: int) -> Result:
