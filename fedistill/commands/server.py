@@ -92,7 +92,7 @@ def start(folder: Folder) -> None:
     """Run the server until it is stopped."""
     from fedistill.certificates import check_certificates
     from fedistill.deploy import environment, link_commands, read_server
-    from fedistill.processes import terminate_is_interrupt
+    from fedistill.processes import stop_engine, terminate_is_interrupt
 
     os.umask(0o077)
     server = read_server(Path(folder))
@@ -112,12 +112,8 @@ def start(folder: Folder) -> None:
         return
     finally:
         for child in reversed(children):
-            child.terminate()
-        for child in children:
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
+            if child.poll() is None:
+                stop_engine(child, {})  # with the server's parts of runs, which Flower leaves at work
     raise FedistillError("stopped", "The server stopped by itself: what it printed says why.")
 
 

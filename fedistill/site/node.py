@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
-from fedistill.processes import alone, start_time, terminate_is_interrupt
+from fedistill.processes import alone, start_time, stop_engine, terminate_is_interrupt
 from fedistill.site.connection import CLOCK_WRONG, MENDS, clock_sentence, reach
 from fedistill.site.folder import site_folder
 from fedistill.site.gate import now
@@ -180,12 +180,7 @@ class _Child:
             self._process.wait()
         finally:
             if self._process.poll() is None:
-                self._process.terminate()
-                try:
-                    self._process.wait(STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self._process.kill()
-                    self._process.wait()
+                stop_engine(self._process, {})  # with a client process that hangs
             self._reader.join(1.0)  # its own children may hold the pipe a little longer
         return self._note
 
