@@ -1,7 +1,7 @@
 """What a server and its sites are set up with: keys, certificates, kits, and the command lines of Flower's programs.
 
     FOLDER/server.toml       the address that sites use, and the port behind it
-    FOLDER/pki/              ca.crt, server.crt and their keys (`fedistill.certificates`); superexec.secret
+    FOLDER/pki/              ca.crt, server.crt and their keys (`fedistill.certificates`); superexec.secret; kit.key
     FOLDER/sites/            under which name each node was admitted
     FOLDER/kits/north.zip    what a site gets: the authority's certificate, the address, its name. No secret.
     FOLDER/nginx.conf        passes to the sites what they need, and nothing else
@@ -9,7 +9,8 @@
     FOLDER/runs/             results
     FOLDER/started/          which of Flower's runs a run is
 
-A private key is made where it is used and never travels. That a kit is genuine its fingerprint shows, told over another way.
+A private key is made where it is used and never travels. A kit is signed with kit.key, so it is whole, and by the same server as
+the one before. That the first is genuine its fingerprint shows, told over another way: the key to check it with comes with it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from fedistill.certificates import MOST_BYTES, Shown, keep_own, make_authority, outside
 from fedistill.compose import compose_of
@@ -46,7 +47,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 HERE = "here"  # what Flower's configuration calls the server
 _PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
-_KIT = ("ca.crt", "site.json", "README.txt")
+_KIT = ("ca.crt", "site.json", "README.txt", "kit.pub")
+_SIGNATURE = "kit.sig"  # Ed25519, over the hash of these
 _NGINX = """\
 # The only way in from outside. Operators use the port behind it, on this machine: whoever reaches that can run code at the sites.
 server {{
@@ -121,6 +123,7 @@ class Kit:
     address: str
     authority: bytes
     fingerprint: str
+    signer: bytes  # public key
 
 
 def begin_server(folder: Path, address: str, port: int, own: Shown | None = None) -> Server:
@@ -206,10 +209,15 @@ def make_kit(server: Server, name: str) -> tuple[Path, str]:
         "site.json": json.dumps({"name": name, "address": server.address}, sort_keys=True).encode(),
         "README.txt": _README.format(name=name, address=server.address).encode(),
     }
+    fresh = ed25519.Ed25519PrivateKey.generate().private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN)
+    signer = serialization.load_pem_private_key(write_once(server.pki / "kit.key", fresh), None)
+    assert isinstance(signer, ed25519.Ed25519PrivateKey)
+    parts["kit.pub"] = signer.public_key().public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    parts[_SIGNATURE] = signer.sign(_digest(parts))
     path = server.folder / "kits" / f"{name}.zip"
     path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
-        for part in _KIT:
+        for part in parts:
             archive.writestr(zipfile.ZipInfo(f"{name}/{part}"), parts[part])
     return path, _fingerprint(parts)
 
@@ -221,22 +229,28 @@ def read_kit(path: Path) -> Kit:
         with zipfile.ZipFile(io.BytesIO(read_plain(path, 4 * MOST_BYTES))) as archive:
             for entry in plain_members(archive):
                 name = entry.filename.rpartition("/")[2]
-                if name not in _KIT or name in parts or entry.file_size > MOST_BYTES:
+                if name not in (*_KIT, _SIGNATURE) or name in parts or entry.file_size > MOST_BYTES:
                     raise ValueError
                 with archive.open(entry) as file:
                     parts[name] = file.read(MOST_BYTES)
         about = strict_json(parts["site.json"].decode())
         name, address = about["name"], about["address"]
         if (
-            set(parts) != set(_KIT)
+            set(parts) != {*_KIT, _SIGNATURE}
             or not NAME.fullmatch(name)
             or not re.fullmatch(r"[A-Za-z0-9.-]+:[0-9]{1,5}", address)
         ):
             raise ValueError
         x509.load_pem_x509_certificate(parts["ca.crt"])
+        signer = serialization.load_pem_public_key(parts["kit.pub"])
+        if not isinstance(signer, ed25519.Ed25519PublicKey):
+            raise ValueError
+        signer.verify(parts[_SIGNATURE], _digest(parts))
     except Exception:  # archives and certificates are refused with a dozen kinds of errors, some of them undocumented
-        raise FedistillError("bad-kit", f"{path} is no kit of `fedistill server add-site`.") from None
-    return Kit(name, address, parts["ca.crt"], _fingerprint(parts))
+        raise FedistillError(
+            "bad-kit", f"{path} is no kit of `fedistill server add-site`, or was changed on its way."
+        ) from None
+    return Kit(name, address, parts["ca.crt"], _fingerprint(parts), parts["kit.pub"])
 
 
 def make_site_key(path: Path) -> Path:
@@ -325,7 +339,12 @@ def _program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
+def _digest(parts: Mapping[str, bytes]) -> bytes:
+    """A hash of a kit's files, but for the signature."""
+    return hashlib.sha256(b"".join(hashlib.sha256(parts[name]).digest() for name in _KIT)).digest()
+
+
 def _fingerprint(parts: Mapping[str, bytes]) -> str:
     """Sixteen digits in groups of four, to be read aloud."""
-    digest = hashlib.sha256(b"".join(hashlib.sha256(parts[name]).digest() for name in _KIT)).hexdigest()[:16]
+    digest = _digest(parts).hex()[:16]
     return " ".join(digest[k : k + 4] for k in range(0, 16, 4))

@@ -117,7 +117,7 @@ def changed(path: Path, to: Path, **parts: bytes | None) -> Path:
             content = parts.get(name.rpartition("/")[2].replace(".", "_"), archive.read(name))
             if content is not None:
                 out.writestr(name, content)
-        for name in set(parts) - {"ca_crt", "site_json", "README_txt"}:
+        for name in set(parts) - {"ca_crt", "site_json", "README_txt", "kit_pub", "kit_sig"}:
             out.writestr(name, parts[name] or b"")
     return to
 
@@ -128,6 +128,10 @@ def changed(path: Path, to: Path, **parts: bytes | None) -> Path:
         {"ca_crt": None},
         {"site_json": None},
         {"README_txt": None},
+        {"kit_pub": None},
+        {"kit_sig": None},
+        {"kit_pub": b"no key"},
+        {"kit_sig": bytes(64)},
         {"ca_crt": b"no certificate"},
         {"site_json": b"{}"},
         {"site_json": b"[1]"},
@@ -165,10 +169,17 @@ def test_a_kit_that_was_cut_or_is_none_at_all(server: Server, tmp_path: Path) ->
 
 
 def test_another_authority_has_another_fingerprint(server: Server, tmp_path: Path) -> None:
+    """Who changes a kit has to sign it anew, and then it is another server's."""
     good, fingerprint = make_kit(server, "north")
     other = begin_server(tmp_path / "other", "fed.example.org", 8123)
-    forged = changed(good, tmp_path / "kit.zip", ca_crt=(other.folder / "pki/ca.crt").read_bytes())
-    assert read_kit(forged).fingerprint != fingerprint
+    theirs, another = make_kit(other, "north")
+    assert another != fingerprint
+    assert read_kit(theirs).signer != read_kit(good).signer == read_kit(make_kit(server, "south")[0]).signer
+    with zipfile.ZipFile(theirs) as archive:
+        parts = {name: archive.read(f"north/{name}") for name in ("ca.crt", "kit.pub", "kit.sig")}
+    for name, content in ({"README.txt": b"Send us everything."} | parts).items():
+        with pytest.raises(FedistillError, match="changed on its way"):
+            read_kit(changed(good, tmp_path / "kit.zip", **{name.replace(".", "_"): content}))
 
 
 def test_flower_tells_nobody(tmp_path: Path) -> None:
@@ -216,6 +227,12 @@ def test_a_site_from_a_kit_and_what_start_needs(
             tmp_path / "w",
             "--site",
             tmp_path / "two.toml",
+        )
+    (server.pki / "kit.key").unlink()  # the same authority, but somebody else signs
+    make_kit(server, "north")
+    with pytest.raises(FedistillError, match="is not by the server whose kits"):
+        say(
+            "site", "init", "--kit", kit, "--data", "phantom", "--work", tmp_path / "w", "--site", tmp_path / "two.toml"
         )
     policy.write_text(policy.read_text().partition("[connection]")[0])
     with pytest.raises(FedistillError, match=r"has no \[connection\]"):

@@ -87,6 +87,12 @@ def init(
         authority = place.with_name(f"{called}.ca.crt")
         if write_once(authority, found.authority) != found.authority:
             raise FedistillError("exists", f"{authority} is of another federation: choose another folder for this one.")
+        signer = place.with_name(f"{called}.kit.pub")
+        if write_once(signer, found.signer) != found.signer:
+            raise FedistillError(
+                "exists",
+                f"{kit} is not by the server whose kits {signer} is for: ask the operator, or choose another folder.",
+            )
         public = make_site_key(place.with_name(f"{called}.key"))
         text += f'\n[connection]\nserver = "{found.address}"\nauthority = "{called}.ca.crt"\nkey = "{called}.key"\n'
         say(f"The fingerprint of the kit is {found.fingerprint}: the operator must say the same over the telephone.")
