@@ -77,9 +77,9 @@ def gpu_share(device: str, at_once: int) -> float:
 
 def start_ray(actors: int) -> None:
     """Start Ray before Flower does: Flower would not take our signal handler, object store and log level."""
-    local: dict[str, Any] = (
-        {} if "RAY_ADDRESS" in os.environ else {"num_cpus": actors, "object_store_memory": OBJECT_STORE}
-    )
+    local: dict[str, Any] = {}
+    if "RAY_ADDRESS" not in os.environ:  # "local": not a cluster that happens to run here
+        local = {"address": "local", "num_cpus": actors, "object_store_memory": OBJECT_STORE}
     ray.init(include_dashboard=False, logging_level=logging.WARNING, **local)
     signal.signal(signal.SIGTERM, stop)
 

@@ -347,5 +347,6 @@ def test_a_site_that_answers_at_once_and_never_is_ready_is_asked_less_often(
         return client_app(message, context)
 
     grid = LocalGrid(client, NODES)
-    serve(grid, dataclasses.replace(TINY, out=str(tmp_path / "run"), deadline=4.0, quorum=1))
-    assert 4 <= grid.count("train.distill", 1) <= 3 + 4.0 / 0.5 + 2
+    deadline = 12.0  # in which the other site has to finish, on a busy machine too
+    serve(grid, dataclasses.replace(TINY, out=str(tmp_path / "run"), deadline=deadline, quorum=1))
+    assert 4 <= grid.count("train.distill", 1) <= 3 + deadline / 0.5 + 2
