@@ -294,7 +294,7 @@ class Stage:
         """The last sentence of `site start` or `server start` on what is wrong."""
         lines = (self.federation.folder / f"{name}.log").read_text(errors="replace").splitlines()
         said = [line for line in lines if line.startswith(("The SuperNode ended:", "Error:"))]
-        return said[-1] if said else "nothing"
+        return said[-1].replace(f"{self.federation.folder}/", "") if said else "nothing"
 
     @contextmanager
     def swapped(self, file: Path, content: bytes) -> Iterator[None]:
