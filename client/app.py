@@ -255,12 +255,13 @@ def alone(msg: Message, site: Site, config: Config) -> RecordDict:
 
 def _refuse_parameters(site: Site, config: Config) -> None:
     """A real site sends parameters of no network."""
-    if not site.simulated and config.privacy != "dp":
+    if site.simulated:
+        return
+    if config.privacy != "dp":
         raise FedistillError("bare-parameters", "privacy=none would send parameters as they are: no site does that.")
-    if not site.simulated:
-        raise FedistillError(
-            "only-simulated", "Federated averaging is a comparison in simulations: no real site takes part."
-        )
+    raise FedistillError(
+        "only-simulated", "Federated averaging is a comparison in simulations: no real site takes part."
+    )
 
 
 def _parameters(local: Local) -> RecordDict:
@@ -293,12 +294,17 @@ def _job(msg: Message) -> ConfigRecord:
 
 
 def _config(job: ConfigRecord) -> Config:
-    text = job.get("config")
-    try:
-        values = strict_json(text if isinstance(text, str) else "", most=LONGEST_CONFIG)
-    except ValueError:
-        values = None
+    values = _json(job, "config")
     return make_config(values) if isinstance(values, dict) else _bad_job("its configuration is none")
+
+
+def _json(job: ConfigRecord, name: str) -> Any:
+    """A value of the job that travels as JSON; None where it is none."""
+    text = job.get(name)
+    try:
+        return strict_json(text if isinstance(text, str) else "", most=LONGEST_CONFIG)
+    except ValueError:
+        return None
 
 
 def _round(job: ConfigRecord, most: int) -> int:
@@ -328,11 +334,7 @@ def _proximal(job: ConfigRecord) -> float:
 
 
 def _networks(job: ConfigRecord) -> list[str]:
-    text = job.get("networks")
-    try:
-        names = strict_json(text if isinstance(text, str) else "", most=LONGEST_CONFIG)
-    except ValueError:
-        names = None
+    names = _json(job, "networks")
     if (
         not isinstance(names, list)
         or not names

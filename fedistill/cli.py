@@ -41,7 +41,7 @@ from fedistill.commands.shared import (
     pairs,
     screen,
 )
-from fedistill.config import PRESETS, Config
+from fedistill.config import PRESETS, Config, listed
 from fedistill.errors import FedistillError
 
 if TYPE_CHECKING:
@@ -308,8 +308,8 @@ def bench(
         return
     choice = Choice(
         data_root=Path(data_root).expanduser().resolve(),
-        data=_list(data),
-        methods=_list(methods),
+        data=listed(data or ""),
+        methods=listed(methods or ""),
         ipc=_numbers(ipc),
         seeds=seeds or 0,
         settings=pairs(settings),
@@ -360,13 +360,9 @@ def options() -> None:
     Console().print(table)
 
 
-def _list(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
 def _numbers(text: str | None) -> list[int]:
     try:
-        return [int(part) for part in _list(text)]
+        return [int(part) for part in listed(text or "")]
     except ValueError:
         raise FedistillError("bad-value", f"--ipc {text} is not a list of whole numbers, like 1,10.") from None
 

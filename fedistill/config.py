@@ -319,6 +319,11 @@ def recommended_method(ipc: int, rounds: int = 1) -> str:
     return "cf" if rounds == 1 else "ptm"
 
 
+def listed(text: str) -> list[str]:
+    """The words of a comma list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 TYPES: dict[str, type] = {f.name: type(f.default) for f in fields(Config)}
 
 

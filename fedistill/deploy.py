@@ -40,6 +40,7 @@ from fedistill.certificates import MOST_BYTES, Shown, keep_own, make_authority, 
 from fedistill.compose import compose_of
 from fedistill.errors import FedistillError
 from fedistill.files import plain_members, read_plain, write_bytes, write_once
+from fedistill.release.seal import load_private, private_bytes, public_bytes
 from fedistill.simulation import app_folder
 from fedistill.wire import strict_json
 
@@ -199,7 +200,8 @@ def read_server(folder: Path) -> Server:
 
 
 def make_kit(server: Server, name: str) -> tuple[Path, str]:
-    """The kit of a site, and its fingerprint. Raises `FedistillError` on a name that would not do for a file."""
+    """The kit of a site, and its fingerprint. Raises `FedistillError` on a name that would not do for a file, and on a key that
+    is none any more."""
     if not NAME.fullmatch(name):
         raise FedistillError(
             "bad-name", f"'{name}' is no name for a site: use up to 32 lower-case letters, digits and dashes."
@@ -209,10 +211,9 @@ def make_kit(server: Server, name: str) -> tuple[Path, str]:
         "site.json": json.dumps({"name": name, "address": server.address}, sort_keys=True).encode(),
         "README.txt": _README.format(name=name, address=server.address).encode(),
     }
-    fresh = ed25519.Ed25519PrivateKey.generate().private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN)
-    signer = serialization.load_pem_private_key(write_once(server.pki / "kit.key", fresh), None)
-    assert isinstance(signer, ed25519.Ed25519PrivateKey)
-    parts["kit.pub"] = signer.public_key().public_bytes(_PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    write_once(server.pki / "kit.key", private_bytes(ed25519.Ed25519PrivateKey.generate()))
+    signer = load_private(server.pki / "kit.key")
+    parts["kit.pub"] = public_bytes(signer.public_key())
     parts[_SIGNATURE] = signer.sign(_digest(parts))
     path = server.folder / "kits" / f"{name}.zip"
     path.parent.mkdir(exist_ok=True)

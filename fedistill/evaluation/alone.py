@@ -20,10 +20,12 @@ from torch import Tensor
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.data.phantoms import phantoms_like
-from fedistill.evaluation.arms import figures_of
-from fedistill.evaluation.average import mean_of
+from fedistill.evaluation.arms import figures_beside
+from fedistill.evaluation.average import mean_of, nets_of
 from fedistill.evaluation.fit import LEARNING_RATES, Material, choose_and_test, predict_together, select_and_test
+from fedistill.experts.train import Task
 from fedistill.files import read_tensors, write_tensors
+from fedistill.models.flat import Flat
 from fedistill.seeding import generator
 from fedistill.site.average import Local, name_of
 from fedistill.site.describe import task_of
@@ -36,8 +38,8 @@ def evaluate_alone(
     config: Config, data: Dataset, model: str, ask: Ask, folder: Path, arms: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Figures of those of the three arms that are asked for. What sites sent is kept in `folder` and not asked for again."""
-    task, private = task_of(data), config.privacy == "dp"
-    rates = (config.dp_lr,) if private else LEARNING_RATES
+    task = task_of(data)
+    rates = (config.dp_lr,) if config.privacy == "dp" else LEARNING_RATES
     judged = partial(
         choose_and_test,
         config,
@@ -46,7 +48,7 @@ def evaluate_alone(
         val=data.val,
         test=data.test,
         rates=rates,
-        nets=1 if private else config.eval_nets,
+        nets=nets_of(config),
     )
     sites: list[int] = []
 
@@ -62,24 +64,24 @@ def evaluate_alone(
     def means(todo: Sequence[tuple[float, int]]) -> list[Tensor]:
         return [mean_of(found)[name] for name, found in locals_of(todo).items()]
 
+    def together(net: Flat, thetas: Tensor, images: Tensor, task: Task) -> Tensor:
+        return predict_together([(net, theta) for theta in thetas], images, task)
+
     results = {}
     if "one-shot" in arms:
         results["one-shot"] = judged(train=means)
     if {"ensemble", "ensemble-distilled"} & set(arms):
-        ensemble = judged(train=stacked, answer=predict_together)
+        ensemble = judged(train=stacked, answer=together)
         if "ensemble" in arms:
             results["ensemble"] = ensemble
         if "ensemble-distilled" in arms:
             images = phantoms_like(data.geometry, PHANTOMS, generator(config.seed, "comparison phantoms"))
-            answers = predict_together(task.network(model, config), ensemble.thetas[0], images, task)
+            answers = together(task.network(model, config), ensemble.thetas[0], images, task)
             results["ensemble-distilled"] = select_and_test(
                 config, task, model, Material(images, answers), data.val, data.test
             )
     upload = sites[0] * 4 * task.network(model, config).size
-    return {
-        name: figures_of([result]) | {"images": None, "upload_bytes": upload, "rounds": 1}
-        for name, result in results.items()
-    }
+    return {name: figures_beside(result, images=None, upload=upload, rounds=1) for name, result in results.items()}
 
 
 def _stored(folder: Path, names: list[str], ask: Ask) -> list[Local]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedistill.config import ALGORITHM, Config
+from fedistill.config import ALGORITHM, Config, listed
 from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import Partition
 from fedistill.errors import FedistillError, unknown
@@ -46,7 +46,7 @@ class Arm:
 
 def architectures(config: Config) -> list[str]:
     """The global models of a run, the headline first. Raises `FedistillError` on an unknown name."""
-    names = [name.strip() for name in config.eval_models.split(",") if name.strip()]
+    names = listed(config.eval_models)
     for name in names:
         if name not in MODELS:
             raise unknown("model", name, MODELS)
@@ -215,6 +215,11 @@ def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
     figures["learning_rate"] = [run.learning_rate for run in runs]
     figures["seconds"] = sum(run.seconds for run in runs)
     return figures
+
+
+def figures_beside(result: Result, *, images: int | None, upload: int, rounds: int) -> dict[str, Any]:
+    """Figures of an arm of comparison. images: None where it is made of none. upload: bytes of all sites over all rounds."""
+    return figures_of([result]) | {"images": images, "upload_bytes": upload, "rounds": rounds}
 
 
 def _key(config: Config, model: str, materials: Sequence[Material], tested_on: str = "") -> str:

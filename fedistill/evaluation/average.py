@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedistill.config import Config
+from fedistill.config import Config, listed
 from fedistill.data.dataset import Dataset
 from fedistill.data.partition import Partition
 from fedistill.errors import FedistillError
-from fedistill.evaluation.arms import architectures, figures_of
+from fedistill.evaluation.arms import architectures, figures_beside
 from fedistill.evaluation.fit import Result, choose_and_test
 from fedistill.experts.train import Task
 from fedistill.files import read_tensors, write_tensors
@@ -47,14 +47,23 @@ def rates_of(config: Config) -> tuple[float, ...]:
     return (config.dp_lr,) if config.privacy == "dp" else RATES
 
 
+def nets_of(config: Config) -> int:
+    """Networks of an arm that sites train: in private work one, since every network costs noise."""
+    return 1 if config.privacy == "dp" else config.eval_nets
+
+
+def going_on(config: Config, rounds: int, rates: int) -> int:
+    """How many of so many learning rates go on after a round that is shown."""
+    return -(-rates // 2) if rounds >= EARLY * config.fl_rounds else rates
+
+
 def shown_rounds(config: Config) -> list[int]:
     """The rounds after which the networks are judged, the last one last.
 
     Raises `FedistillError` on a round that there is not, and in private work, where the noise is for all rounds together.
     """
-    words = [word.strip() for word in config.fl_shown.split(",") if word.strip()]
     try:
-        earlier = sorted({int(word) for word in words})
+        earlier = sorted(set(map(int, listed(config.fl_shown))))
     except ValueError:
         raise FedistillError("bad-value", f"fl_shown={config.fl_shown} is no list of rounds such as 1,10.") from None
     if earlier and not 0 < earlier[0] <= earlier[-1] < config.fl_rounds:
@@ -74,7 +83,7 @@ def shown_rounds(config: Config) -> list[int]:
 def fedavg(config: Config, data: Dataset, parts: Partition, folder: Path) -> dict[str, Any]:
     """Figures of the arm with the first of `config.eval_models`; otherwise as `average_sites`."""
     result, upload = average_sites(config, data, [parts.at(data, place) for place in range(len(parts))], folder)
-    return _figures(result, upload, config.fl_rounds)
+    return figures_beside(result, images=None, upload=upload, rounds=config.fl_rounds)
 
 
 def average_sites(config: Config, data: Dataset, sites: Sequence[Dataset], folder: Path) -> tuple[Result, int]:
@@ -105,9 +114,8 @@ def evaluate_average(
     for rounds in shown_rounds(config):
         name = arm if rounds == config.fl_rounds else f"{arm}-{rounds}"
         result, upload = averaged(config, data, model, ask, folder, rounds, rates)
-        figures[name] = _figures(result, upload, rounds)
-        if rounds >= EARLY * config.fl_rounds:
-            rates = result.rates[: -(-len(rates) // 2)]
+        figures[name] = figures_beside(result, images=None, upload=upload, rounds=rounds)
+        rates = result.rates[: going_on(config, rounds, len(rates))]
     return figures
 
 
@@ -126,8 +134,7 @@ def averaged(
         sent.append(uploads)
         return thetas
 
-    nets = 1 if config.privacy == "dp" else config.eval_nets
-    result = choose_and_test(config, task, model, train, data.val, data.test, rates=rates, nets=nets)
+    result = choose_and_test(config, task, model, train, data.val, data.test, rates=rates, nets=nets_of(config))
     return result, sent[0][rates.index(result.learning_rate)]
 
 
@@ -173,10 +180,6 @@ def mean_of(answers: Sequence[Local]) -> dict[str, Tensor]:
         name: sum((answer.records / total * answer.thetas[name] for answer in answers), torch.zeros(()))
         for name in answers[0].thetas
     }
-
-
-def _figures(result: Result, upload: int, rounds: int) -> dict[str, Any]:
-    return figures_of([result]) | {"images": None, "upload_bytes": upload, "rounds": rounds}
 
 
 def _initial(config: Config, task: Task, model: str, todo: Sequence[tuple[float, int]]) -> dict[str, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from fedistill.config import Config
+from fedistill.config import Config, listed
 from fedistill.errors import FedistillError, unknown
 
 AVERAGED = "fedavg"  # runs wherever there are fl_rounds
 ALONE = ("ensemble", "one-shot", "ensemble-distilled")  # made of one network per site
 OF_ROUNDS = ("fedprox", "fedavg-distilled")
+OF_PARAMETERS = (AVERAGED, "fedprox", *ALONE)  # what the server makes these of is no image
 COMPARATORS = ("fedprox", *ALONE, "fedavg-distilled", "central-distilled")
+PRIVATE = "dp-"  # before the name of an arm that its sites paid for
 
 
 def comparators(config: Config) -> list[str]:
@@ -16,7 +18,7 @@ def comparators(config: Config) -> list[str]:
 
     Raises `FedistillError` on a name that there is not, and on one that needs rounds of averaging, or has no private form.
     """
-    names = [name.strip() for name in config.compare.split(",") if name.strip()]
+    names = listed(config.compare)
     for name in names:
         if name not in (*COMPARATORS, "all"):
             raise unknown("arm of comparison", name, (*COMPARATORS, "all"))
@@ -30,7 +32,7 @@ def comparators(config: Config) -> list[str]:
 
 def arm_of(config: Config, name: str) -> str:
     """What the arm is called in results."""
-    return f"dp-{name}" if config.privacy == "dp" else name
+    return f"{PRIVATE}{name}" if config.privacy == "dp" else name
 
 
 def _hindrance(config: Config, name: str) -> str:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fedistill.config import LIGHT, Config
 from fedistill.data.dataset import Dataset
-from fedistill.evaluation.arms import figures_of
+from fedistill.evaluation.arms import figures_beside
 from fedistill.evaluation.fit import Material, select_and_test
 from fedistill.experts.train import Task
 from fedistill.matching.distil import distil, start
-from fedistill.matching.problem import Bundle, prepare
+from fedistill.matching.problem import Bundle, one_each, prepare
 from fedistill.methods.registry import METHODS, method_of
 from fedistill.site.describe import task_of
 from fedistill.site.job import Progress, advance, released_set
@@ -61,23 +61,17 @@ def distil_path(config: Config, task: Task, model: str, path: Tensor, ipc: int) 
         budget="equal", init="noise", labels="auto", mask="auto", overlap="auto", denoise="none", window=1.0,
         iterations=max(1, config.rounds * config.iterations // LIGHT.get(config.method, 1)),
     )  # fmt: skip
-    bundle = Bundle(task=task, trajectories=(path,), counts=(ipc,) * task.classes, findings=_one_each(task, ipc))
+    most = ipc * task.classes  # which findings occur together is not known to the server
+    findings = tuple((tuple(row), most) for row in one_each(task.classes)) if task.kind == "multilabel" else ()
+    bundle = Bundle(task=task, trajectories=(path,), counts=(ipc,) * task.classes, findings=findings)
     matching = prepare(about, METHODS["mtt"], bundle)
     state = start(matching, EVERYWHERE)
     distil(matching, state, until=math.inf)
     return Material(state.images.cpu(), matching.labels(state).cpu())
 
 
-def _one_each(task: Task, ipc: int) -> tuple[tuple[tuple[int, ...], int], ...]:
-    """Label vectors of one finding each, and of none: which occur together is not known to the server."""
-    if task.kind != "multilabel":
-        return ()
-    rows = [tuple(int(k == c) for k in range(task.classes)) for c in range(task.classes + 1)]
-    return tuple((row, ipc * task.classes) for row in rows)
-
-
 def figures_of_set(
     config: Config, data: Dataset, model: str, material: Material, upload: int, rounds: int
 ) -> dict[str, Any]:
     result = select_and_test(config, task_of(data), model, material, data.val, data.test)
-    return figures_of([result]) | {"images": len(material.images), "upload_bytes": upload, "rounds": rounds}
+    return figures_beside(result, images=len(material.images), upload=upload, rounds=rounds)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset, Split
-from fedistill.evaluation.fit import Result, predict
+from fedistill.evaluation.fit import Result, predict_together
 from fedistill.evaluation.metrics import score
 from fedistill.experts.train import Task, architectures_of
 
@@ -26,7 +25,6 @@ def ensemble(config: Config, task: Task, trajectories: Sequence[Sequence[Tensor]
     thetas = [(nets[e % len(nets)], path[-1]) for site in trajectories for e, path in enumerate(site)]
 
     def scores(part: Split) -> list[dict[str, object]]:
-        answers = torch.stack([predict(net, theta, part.images, task) for net, theta in thetas]).mean(0)
-        return [score(answers, part.labels, task.kind)]
+        return [score(predict_together(thetas, part.images, task), part.labels, task.kind)]
 
     return Result(scores(data.test), scores(data.val), config.expert_lr, time.monotonic() - began, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,9 +78,9 @@ def predict(net: Flat, theta: Tensor, images: Tensor, task: Task) -> Tensor:
     return probabilities.nan_to_num(nan=1 / probabilities.shape[1])
 
 
-def predict_together(net: Flat, thetas: Tensor, images: Tensor, task: Task) -> Tensor:
-    """The mean answer `(n, K)` of several networks `(S, P)`."""
-    return torch.stack([predict(net, theta, images, task) for theta in thetas]).mean(0)
+def predict_together(members: Iterable[tuple[Flat, Tensor]], images: Tensor, task: Task) -> Tensor:
+    """The mean answer `(n, K)` of several networks, each with its parameters `(P,)`."""
+    return torch.stack([predict(net, theta, images, task) for net, theta in members]).mean(0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from joblib import Parallel, delayed
 from torch import Tensor
 
-from fedistill.config import Config
+from fedistill.config import Config, listed
 from fedistill.data.dataset import Split
 from fedistill.data.public import augmentations, normalise
 from fedistill.errors import FedistillError
@@ -54,7 +54,7 @@ class Task:
 
 def architectures_of(config: Config) -> list[str]:
     """The pool of architectures: expert e has the e-th, in turns. Raises `FedistillError` where there is none."""
-    names = [name.strip() for name in config.model.split(",") if name.strip()]
+    names = listed(config.model)
     if not names:
         raise FedistillError("bad-value", "model is empty: name at least one architecture.")
     return names

@@ -115,6 +115,11 @@ def cover(findings: Sequence[tuple[Sequence[int], int]], m: int) -> Tensor:
     return torch.stack(chosen)
 
 
+def one_each(classes: int) -> list[list[int]]:
+    """Label vectors of one finding each, and of none: what is left where it is not known which occur together."""
+    return [[int(k == c) for k in range(classes)] for c in range(classes + 1)]
+
+
 def membership(targets: Tensor, kind: str) -> Tensor:
     """Whether an image shows a class, `(m, K)` of 0 and 1; for multi-label `(m, K+1)`, the last column being "no finding"."""
     if kind == "multilabel":

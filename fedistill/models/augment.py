@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedistill.config import listed
 from fedistill.errors import unknown
 
 
@@ -117,7 +118,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 
 def parse_operations(spec: str) -> tuple[str, ...]:
     """The operations of a comma list ("none": no augmentation). Raises `FedistillError` on an unknown one."""
-    names = tuple(name.strip() for name in spec.split(",") if name.strip() and name.strip() != "none")
+    names = tuple(name for name in listed(spec) if name != "none")
     for name in names:
         if name not in OPERATIONS:
             raise unknown("augmentation", name, OPERATIONS)

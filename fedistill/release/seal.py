@@ -48,7 +48,7 @@ def keygen(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+            file.write(private_bytes(key))
         write_bytes(public, public_bytes(key.public_key()))
     except OSError:
         raise FedistillError("not-writable", f"The key {path} cannot be written: choose another place.") from None
@@ -77,6 +77,10 @@ def load_public(path: Path) -> Ed25519PublicKey:
     if not isinstance(key, Ed25519PublicKey):
         raise FedistillError("bad-key", f"{path} is not an Ed25519 public key: give the .pub file of the publisher.")
     return key
+
+
+def private_bytes(key: Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def public_bytes(key: Ed25519PublicKey) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from fedistill.evaluation.comparators import OF_PARAMETERS, PRIVATE
 from fedistill.privacy.accounting import upwards
 
 ARM_NAMES = {
@@ -24,9 +25,6 @@ ARM_NAMES = {
     "central-distilled": "Distilled from all images together",
     "centralised": "Centralised",
 }
-# What the server makes these of is no image, but parameters.
-OF_PARAMETERS = ("fedavg", "fedprox", "one-shot", "ensemble", "ensemble-distilled")
-PRIVATE = "dp-"  # before the name of an arm that its sites paid for
 METRICS = {
     "balanced_accuracy": "Balanced accuracy",
     "accuracy": "Accuracy",

@@ -31,7 +31,7 @@ from fedistill.experts.train import Task, architectures_of, load_trajectory, tra
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.distil import check_skips, distil, finished, start, warnings
 from fedistill.matching.overlap import overlap_limit
-from fedistill.matching.problem import Bundle, Matching, Real, horizon, membership, prepare
+from fedistill.matching.problem import Bundle, Matching, Real, horizon, membership, one_each, prepare
 from fedistill.matching.state import State, load_state, save_state
 from fedistill.memory import one_thread
 from fedistill.methods import sketch
@@ -265,10 +265,9 @@ def _private_facts(config: Config, task: Task, experts: Path) -> dict[str, Any]:
         )
     rows: list[tuple[list[int], int]] = []
     if task.kind == "multilabel":  # which findings occur together is private: one at a time, and none
-        one_each = torch.cat([torch.eye(task.classes, dtype=torch.int64), torch.zeros(1, task.classes).long()])
         rows = [
             (row, config.ipc * task.classes)
-            for row, n in zip(one_each.tolist(), [*counts[: task.classes], 1], strict=True)
+            for row, n in zip(one_each(task.classes), [*counts[: task.classes], 1], strict=True)
             if n
         ]
         counts = counts[: task.classes]

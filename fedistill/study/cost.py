@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedistill.config import LIGHT, Config
 from fedistill.evaluation.arms import architectures
-from fedistill.evaluation.average import EARLY, rates_of, shown_rounds
+from fedistill.evaluation.average import going_on, nets_of, rates_of, shown_rounds
 from fedistill.evaluation.comparators import ALONE, comparators
 from fedistill.evaluation.fit import LEARNING_RATES
 from fedistill.matching.problem import horizon
@@ -82,8 +82,8 @@ def _comparing(c: Config, sites: int, trainings: int, distilling: float) -> floa
     rounds, before = 0, 0
     for round in shown if c.fl_rounds else ():
         rounds += rates * (round - before)
-        rates, before = -(-rates // 2) if round >= EARLY * c.fl_rounds else rates, round
-    rounds += (0 if private else c.eval_nets - 1) * c.fl_rounds
+        rates, before = going_on(c, round, rates), round
+    rounds += (nets_of(c) - 1) * c.fl_rounds
     work = rounds * c.fl_steps * sites * c.expert_batch * (1 + ("fedprox" in names))
     if set(ALONE) & set(names):
         work += c.expert_steps * c.expert_batch * sites if private else trainings * c.eval_steps * c.eval_batch * sites

@@ -159,56 +159,42 @@ def test_private_rounds_are_paid_for_at_every_site_and_the_arm_says_so(tmp_path:
     assert len(list((tmp_path / "run/work").rglob("average-*/plan.json"))) == 3
 
 
+def refusal(node: dict[str, Any], kind: str, content: RecordDict) -> str:
+    """Why a real site answers to a message with nothing."""
+    said: list[Any] = []
+    failures = collect.converse(
+        LocalGrid(client_app, [node]),
+        kind,
+        {100: content},
+        lambda _, reply: said.append(read_local(reply, {})),
+        lambda *_: None,
+        deadline=30,
+    )
+    assert said == []
+    return failures[100].reason
+
+
 def test_a_real_site_sends_no_bare_parameters(tmp_path: Path) -> None:
     node = real_site("north", tmp_path / "disk")
     content = collect.with_arrays(collect.job(TINY, round=1, run="x"), "models", {name_of("mlp", 0.1, 0): np.zeros(3)})
-    grid, said = LocalGrid(client_app, [node]), []
-    failures = collect.converse(
-        grid,
-        "train.fedavg",
-        {100: content},
-        lambda _, reply: said.append(read_local(reply, {})),
-        lambda *_: None,
-        deadline=30,
-    )
-    assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
-    assert said == []
+    reason = refusal(node, "train.fedavg", content)
+    assert reason == "privacy=none would send parameters as they are: no site does that."
 
 
 def test_a_real_site_sends_no_networks_that_it_trains_alone(tmp_path: Path) -> None:
-    grid = LocalGrid(client_app, [real_site("north", tmp_path / "disk")])
     content = collect.job(TINY, networks='["mlp@0.1@0"]', run="x")
-    said: list[Any] = []
-    failures = collect.converse(
-        grid,
-        "train.alone",
-        {100: content},
-        lambda _, reply: said.append(read_local(reply, {})),
-        lambda *_: None,
-        deadline=30,
-    )
-    assert said == []
-    assert failures[100].reason == "privacy=none would send parameters as they are: no site does that."
+    reason = refusal(real_site("north", tmp_path / "disk"), "train.alone", content)
+    assert reason == "privacy=none would send parameters as they are: no site does that."
 
 
 def test_a_real_site_takes_no_part_in_private_averaging(tmp_path: Path) -> None:
     """It would pay a whole epsilon for every word that a server calls the run by."""
-    node, said = real_site("north", tmp_path / "disk"), []
+    node = real_site("north", tmp_path / "disk")
     config = dataclasses.replace(TINY, privacy="dp", epsilon=8.0, method="sketch")
     content = collect.with_arrays(
         collect.job(config, round=1, run="x"), "models", {name_of("mlp", 0.1, 0): np.zeros(3, np.float32)}
     )
-    grid = LocalGrid(client_app, [node])
-    failures = collect.converse(
-        grid,
-        "train.fedavg",
-        {100: content},
-        lambda _, reply: said.append(read_local(reply, {})),
-        lambda *_: None,
-        deadline=30,
-    )
-    assert "no real site takes part" in failures[100].reason
-    assert said == []
+    assert "no real site takes part" in refusal(node, "train.fedavg", content)
     assert not (tmp_path / "disk").exists()
 
 
