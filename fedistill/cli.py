@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -47,6 +48,8 @@ from fedistill.errors import FedistillError
 if TYPE_CHECKING:
     from fedistill.data.dataset import Dataset
 
+# Typer would write "\[default: 8]": it escapes for a markup that these pages do not have.
+typer.core.HAS_RICH = False
 app = typer.Typer(
     help="Hospitals send a lesson, not their images: federated multi-site dataset distillation.",
     no_args_is_help=True,

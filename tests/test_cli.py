@@ -241,3 +241,9 @@ def test_lists(fedistill) -> None:
     assert code == 0
     assert "by preset: quick" in out
     assert fedistill("--version")[1].strip() == "0.1.0"
+
+
+@pytest.mark.parametrize(("command", "default"), [(["study", "run"], "[default: 1; x>=1]"), (["report"], "")])
+def test_help_has_defaults_and_no_signs_of_a_markup(fedistill, command, default):
+    _, shown, _ = fedistill(*command, "--help")
+    assert "\\" not in shown and default in shown
