@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -49,12 +49,14 @@ DESCRIBE_SECONDS = 900.0  # for a connected site to say what it holds
 
 @dataclass(frozen=True)
 class Run:
-    """One seed of a run: its configuration, its folder, and the way to the sites."""
+    """One seed of a run: its configuration, its folder, and the way to the sites. silent: nodes that gave no answer when they
+    were last asked."""
 
     grid: Grid
     config: Config
     folder: Path
     events: EventLog
+    silent: set[int] = field(default_factory=set)
 
     def note(self, site: str, phase: str, status: str, **more: Any) -> None:
         self.events.add(self.config.seed, site, phase, status, **more)
@@ -208,6 +210,7 @@ def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int, va
     sets: dict[str, SyntheticSet] = {}
     merged: SyntheticSet | None = None
     several, best = run.config.rounds > 1, 0
+    patient = several and run.config.patience > 0
     worth: dict[int, tuple[float, ...]] = {}
     for round in range(1, run.config.rounds + 1):
         there = {site: run.set_folder(round, site) for site in run.sites()}
@@ -225,13 +228,14 @@ def collect_sets(run: Run, nodes: Mapping[int, str], task: Task, needed: int, va
             merged = _merged(run, task, sets, val)
             if several:
                 save_set(merged, run.merged_folder(round))
-        if several and run.config.patience:
+        if patient:
             found = _validated(run, nodes, task, merged, val, round)
             if found is None:
                 run.note(
                     "", "collect", "note", message="no validation answers: all rounds are done, and the last counts"
                 )
                 worth.clear()
+                patient = False
                 continue
             worth[round] = found
             best = max(worth, key=lambda r: worth[r])  # of equal ones the first
@@ -418,7 +422,8 @@ def _ask(
     deadline: float,
     phases: Mapping[str, str] | None = None,
 ) -> dict[int, Failure]:
-    """A conversation with every node in `first`, whose crashes and failures go to the event log."""
+    """A conversation with every node in `first`, whose crashes and failures go to the event log. A node that was silent before is
+    not waited for again where it is not connected."""
     other = {
         "query.describe": "describe",
         "evaluate.models": "evaluate",
@@ -432,9 +437,14 @@ def _ask(
         # a node that never said its name has no line of its own: the server's goes on
         run.note(site, phase, status if site else "note", message=message if site else f"a site: {message}")
 
+    gone = run.silent.intersection(first).difference(run.grid.get_node_ids() if run.silent else ())
+    there = {node: content for node, content in first.items() if node not in gone}
     failures = converse(
-        run.grid, kind, first, receive, lambda node, why: tell(node, "note", f"{why}; asking again"), deadline=deadline
+        run.grid, kind, there, receive, lambda node, why: tell(node, "note", f"{why}; asking again"), deadline=deadline
     )
+    failures |= dict.fromkeys(gone, Failure("failed", "it is not connected, and did not answer before"))
+    run.silent.difference_update(first)
+    run.silent.update(node for node, failure in failures.items() if not failure.code)
     for node, failure in failures.items():
         tell(node, failure.status, failure.reason)
     return failures

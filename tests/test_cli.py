@@ -243,7 +243,9 @@ def test_lists(fedistill) -> None:
     assert fedistill("--version")[1].strip() == "0.1.0"
 
 
-@pytest.mark.parametrize(("command", "default"), [(["study", "run"], "[default: 1; x>=1]"), (["study", "run"], "[required]")])
+@pytest.mark.parametrize(
+    ("command", "default"), [(["study", "run"], "[default: 1; x>=1]"), (["study", "run"], "[required]")]
+)
 def test_help_has_defaults_and_no_signs_of_a_markup(fedistill, command, default):
     _, shown, _ = fedistill(*command, "--help")
     assert "\\" not in shown

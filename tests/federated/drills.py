@@ -121,22 +121,20 @@ def killed_often(stage: Stage, name: str, seed: int) -> Result:
 
 
 def killed(stage: Stage, out: Path, chance: random.Random) -> str | None:
-    """What was killed, by chance: a part of a run, or a whole machine, which takes its parts with it. None: the run has ended."""
+    """What was killed: chosen by chance, and waited for, since it may be down. A part of a run, or a whole machine, which takes its
+    parts with it. None: the run has ended."""
     parts = {f"client of {site}": (site, "guard.py") for site in SITES} | {"run": ("server", "flwr-serverapp")}
-    part = chance.random() < PARTS
+    what = chance.choice([*parts] if chance.random() < PARTS else ["server", *SITES])
     while not (out / "summary.json").exists():
-        there = {what: pid for what, words in parts.items() if (pid := stage.find(*words)) is not None}
-        whole = [name for name in ("server", *SITES) if stage.federation.processes[name].poll() is None]
-        if part and there:
-            what = chance.choice(sorted(there))
-            with suppress(ProcessLookupError):
-                os.kill(there[what], signal.SIGKILL)
-                return what
-        elif whole and not part:
-            what = chance.choice(whole)
+        if what in parts:
+            if (pid := stage.find(*parts[what])) is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    return what
+        elif stage.federation.processes[what].poll() is None:
             stage.federation.kill(what)
             return what
-        time.sleep(0.1)  # all may be down
+        time.sleep(0.1)
     return None
 
 

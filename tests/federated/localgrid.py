@@ -26,6 +26,7 @@ class LocalGrid(Grid):
 
     break_with: asked before every message with (kind, node number, how many that node got before); returns None to let
     it through, a Flower error code, or a number of seconds below 1 to be slow for.
+    gone: numbers of nodes that are not connected any more.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class LocalGrid(Grid):
             100 + i: Context(run_id=1, node_id=100 + i, node_config=dict(node), state=RecordDict(), run_config={})
             for i, node in enumerate(nodes)
         }
+        self.gone: set[int] = set()
         self.sent: list[tuple[str, int]] = []
         self._client = client
         self._break = break_with
@@ -63,7 +65,7 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.contexts)
+        return [node for node in self.contexts if node - 100 not in self.gone]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         identities = []

@@ -147,6 +147,23 @@ def test_a_site_that_keeps_crashing_fails(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run/seed-0/sites.json")["site-2"]["reason"] == "its client process died (3 times)"
 
 
+@pytest.mark.parametrize(("away", "asked"), [(True, 0), (False, 1)])
+def test_a_site_that_was_silent_is_asked_again_where_it_is_connected(tmp_path: Path, away: bool, asked: int) -> None:
+    """Each time that it is not there would cost minutes."""
+
+    def dies(kind: str, node: int, before: int) -> float | None:
+        if (kind, node) != ("train.distill", 1):
+            return None
+        grid.gone |= {node} if away else set()
+        return 8
+
+    grid = LocalGrid(client_app, NODES, dies)
+    serve(grid, dataclasses.replace(TINY, out=str(tmp_path / "run")))
+    assert [grid.count("evaluate.models", node) for node in range(3)] == [1, asked, 1]
+    told = "it is not connected, and did not answer before"
+    assert bool(events(tmp_path / "run", site="site-2", message=told)) == away
+
+
 def test_a_late_site_is_left_out(tmp_path: Path) -> None:
     def slow(kind: str, node: int, before: int) -> float | None:
         return 0.99 if (kind, node) == ("train.distill", 2) else None

@@ -57,12 +57,15 @@ def test_every_round_is_an_arm_with_the_bytes_up_to_then(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("worth", "done", "best"), [([0.5, 0.5, 0.6], 2, 1), ([0.5, 0.6, 0.4], 3, 2), ([0.1, 0.2, 0.3], 3, 3)]
+    ("worth", "done", "best"),
+    [([0.5, 0.5, 0.6], 2, 1), ([0.5, 0.6, 0.4], 3, 2), ([0.1, 0.2, 0.3], 3, 3), ([None, 0.9, 0.1], 3, 3)],
 )
 def test_rounds_stop_where_validation_gets_no_better(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: list[float], done: int, best: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worth: list[float | None], done: int, best: int
 ) -> None:
-    monkeypatch.setattr(stages, "_validated", lambda run, nodes, task, merged, val, round: (worth[round - 1],))
+    """Where a round has no answer, all are done, and the last counts."""
+    found = [None if value is None else (value,) for value in worth]
+    monkeypatch.setattr(stages, "_validated", lambda run, nodes, task, merged, val, round: found[round - 1])
     run(tmp_path / "run", patience=1)
     folder = tmp_path / "run/seed-0"
     assert [(folder / f"merged-{r}").exists() for r in (1, 2, 3)] == [r <= done for r in (1, 2, 3)]
