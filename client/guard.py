@@ -26,6 +26,7 @@ from fedistill.site.policy import read_policy
 log = logging.getLogger(__name__)
 
 REPLACED = ("pull_task_input", "install_from_fab", "get_load_client_app_fn", "push_message", "push_task_output")
+CRASHED = 8  # Flower's code for a client app that died
 WITHHELD = "what went wrong is said at the site only"
 
 
@@ -33,11 +34,11 @@ def guard(flower: ModuleType, policy_file: Path) -> None:
     """Put the site's check into `flwr.supernode.runtime.run_clientapp`."""
     pull, _, loader, push, output = (getattr(flower, name) for name in REPLACED)
     verdict: list[Path | FedistillError] = [FedistillError("code", "The code of this job was not looked at.")]
-    asked: list[Message] = []
+    asked: list[tuple[Message, Context]] = []  # what has no reply yet
 
     def pull_and_judge(client: Any) -> Any:
         message, context, run, app = pull(client)
-        asked.append(message)
+        asked.append((message, context))
         verdict[:] = [judge(policy_file, app.content)]
         return message, context, run, app
 
@@ -48,11 +49,16 @@ def guard(flower: ModuleType, policy_file: Path) -> None:
 
     def push_without_text(client: Any, message: Message, context: Context) -> None:
         if message.has_error():
-            message = Message(Error(code=message.error.code, reason=WITHHELD), reply_to=asked[0])
+            message = Message(Error(code=message.error.code, reason=WITHHELD), reply_to=asked[0][0])
         push(client, message, context)
+        asked.clear()
 
-    def output_without_text(*args: Any, **kwargs: Any) -> None:
-        output(*args, **kwargs | ({"details": WITHHELD} if kwargs.get("details") else {}))
+    def output_without_text(*args: Any, client: Any, **kwargs: Any) -> None:
+        """The last thing that a process says. Where it was stopped before its reply, a server would wait until its deadline."""
+        if asked:
+            message, context = asked[0]
+            push(client, Message(Error(code=CRASHED, reason=WITHHELD), reply_to=message), context)
+        output(*args, client=client, **kwargs | ({"details": WITHHELD} if kwargs.get("details") else {}))
 
     flower.pull_task_input = pull_and_judge  # type: ignore[attr-defined]
     flower.install_from_fab = lambda *_, **__: None  # type: ignore[attr-defined]

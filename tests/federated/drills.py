@@ -56,6 +56,29 @@ def client_killed(stage: Stage, name: str, seed: int) -> Result:
     return disturbed(stage, name, seed, harm)
 
 
+def client_stopped(stage: Stage, name: str, seed: int) -> Result:
+    """SIGTERM to the process that works at a site, as an operating system that shuts it down would"""
+
+    def harm() -> float:
+        os.kill(stage.client_of("north"), signal.SIGTERM)
+        return time.monotonic()
+
+    return disturbed(stage, name, seed, harm)
+
+
+def site_restarted(stage: Stage, name: str, seed: int) -> Result:
+    """A site is stopped in good order while it works, and started again at once"""
+
+    def harm() -> float:
+        when = time.monotonic()
+        stage.client_of("north")
+        stage.stop("north")
+        stage.back("north")
+        return when
+
+    return disturbed(stage, name, seed, harm)
+
+
 def site_killed(stage: Stage, name: str, seed: int, **environment: str) -> Result:
     """kill -9 of everything at a site, which then starts again"""
 
@@ -273,6 +296,8 @@ def upgraded(stage: Stage, name: str, seed: int) -> Result:
 
 DRILLS: dict[str, Callable[[Stage, str, int], Result]] = {
     "client-killed": client_killed,
+    "client-stopped": client_stopped,
+    "site-restarted": site_restarted,
     "site-killed": site_killed,
     "run-killed": run_killed,
     "server-killed": server_killed,

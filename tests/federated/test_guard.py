@@ -21,6 +21,7 @@ from fedistill.deploy import node_environment
 from fedistill.site.code import codes
 from fedistill.site.gate import decide
 from fedistill.site.policy import read_policy
+from server.collect import CRASHED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -104,6 +105,25 @@ def test_texts_of_exceptions_stay(file: Path) -> None:
     flower.push_task_output(client=None, context=None, sub_status="failed", details="patient 4711")
     flower.push_task_output(client=None, context=None, sub_status="completed", details="")
     assert flower.told == [WITHHELD, ""]
+
+
+def test_a_process_that_is_stopped_before_its_reply_says_so(file: Path) -> None:
+    """Flower's own says nothing to the server, which would wait until its deadline."""
+    flower = Flower(b"")
+    guard(flower, file)
+    flower.pull_task_input(None)
+    flower.push_task_output(client=None, context=flower.context, sub_status="failed", details="stopped")
+    assert [(reply.error.code, reply.metadata.reply_to_message_id) for reply in flower.pushed] == [(8, "1")]
+    assert "died" in CRASHED[8]
+
+
+def test_a_process_that_has_replied_says_no_more(file: Path) -> None:
+    flower = Flower(b"")
+    guard(flower, file)
+    flower.run()
+    flower.push_message(None, Message(RecordDict(), reply_to=flower.message), flower.context)
+    flower.push_task_output(client=None, context=flower.context, sub_status="completed", details="")
+    assert [reply.has_error() for reply in flower.pushed] == [False]
 
 
 def test_flower_has_what_is_replaced() -> None:
