@@ -11,6 +11,7 @@ from the SuperNode by `fedistill.deploy.node_environment`.
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedistill.site.policy import read_policy
 log = logging.getLogger(__name__)
 
 REPLACED = ("pull_task_input", "install_from_fab", "get_load_client_app_fn", "push_message", "push_task_output")
+LINGER = 30  # seconds that a process may take to end
 CRASHED = 8  # Flower's code for a client app that died
 WITHHELD = "what went wrong is said at the site only"
 
@@ -91,4 +93,7 @@ if __name__ == "__main__":
 
     guard(run_clientapp, Path(sys.argv[1]))
     sys.argv = ["flwr-clientapp", *sys.argv[2:]]
-    flwr_clientapp()
+    try:
+        flwr_clientapp()
+    finally:  # a process was seen to hang; at its end, in native code, neither Python nor Flower's own timer runs any more
+        signal.alarm(LINGER)

@@ -57,13 +57,16 @@ def client_killed(stage: Stage, name: str, seed: int) -> Result:
 
 
 def client_stopped(stage: Stage, name: str, seed: int) -> Result:
-    """SIGTERM to the process that works at a site, as an operating system that shuts it down would"""
+    """SIGTERM to the process that works at a site, when it has its job"""
 
     def harm() -> float:
-        os.kill(stage.client_of("north"), signal.SIGTERM)
+        client = stage.client_of("north")
+        time.sleep(8)  # it imports PyTorch, and fetches the job
+        os.kill(client, signal.SIGTERM)
         return time.monotonic()
 
-    return disturbed(stage, name, seed, harm)
+    result = disturbed(stage, name, seed, harm, slice_seconds=20.0, iterations=1000)
+    return replace(result, ok=result.ok and "its client process died" in result.sees)
 
 
 def site_restarted(stage: Stage, name: str, seed: int) -> Result:

@@ -346,10 +346,10 @@ def about(out: Path, name: str) -> dict[str, Any]:
     return next(site for site in read_json(out / "summary.json")["sites"] if site["name"] == name)
 
 
-def disturbed(stage: Stage, name: str, seed: int, harm: Callable[[], float]) -> Result:
+def disturbed(stage: Stage, name: str, seed: int, harm: Callable[[], float], **settings: Any) -> Result:
     """A run to which something is done while north distils; harm: does it, and says when."""
-    out = stage.begin(name, seed=seed)
+    out = stage.begin(name, seed=seed, **settings)
     stage.wait(out, stage.distils(out))
     steps, when = stage.steps(out, "north"), harm()
     stage.wait(out)
-    return stage.judged(name, seed, out, when, steps)
+    return stage.judged(name, seed, out, when, steps, **settings)

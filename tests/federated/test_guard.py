@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -124,6 +127,21 @@ def test_a_process_that_has_replied_says_no_more(file: Path) -> None:
     flower.push_message(None, Message(RecordDict(), reply_to=flower.message), flower.context)
     flower.push_task_output(client=None, context=flower.context, sub_status="completed", details="")
     assert [reply.has_error() for reply in flower.pushed] == [False]
+
+
+HANGS = """\
+import ctypes, signal
+libc, alarm = ctypes.CDLL(None), signal.alarm
+libc.__cxa_atexit(ctypes.cast(libc.pause, ctypes.c_void_p), None, None)
+signal.alarm = lambda seconds: alarm(1)
+"""
+
+
+def test_a_process_that_hangs_at_its_end_is_ended(tmp_path: Path, file: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HANGS)
+    words = [sys.executable, ROOT / "client" / "guard.py", file, "--help"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    assert subprocess.run(words, capture_output=True, timeout=60, env=env, check=False).returncode == -signal.SIGALRM
 
 
 def test_flower_has_what_is_replaced() -> None:
