@@ -57,6 +57,16 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> Flower:
     return found
 
 
+@pytest.mark.parametrize(("line", "seconds"), [("", "60.0"), ("slice_seconds = 5.0\n", "5.0")])
+def test_sites_work_for_a_minute_per_message_unless_the_job_says(
+    server: Server, flower: Flower, tmp_path: Path, line: str, seconds: str
+) -> None:
+    job = tmp_path / "job.toml"
+    job.write_text(JOB + line)
+    say("server", "run", server.folder, job)
+    assert f"slice_seconds={seconds}" in flower.asked[-1][-1].split()
+
+
 def test_a_run_is_stopped_and_goes_on(
     server: Server, flower: Flower, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,7 @@ Certificate = Annotated[
     typer.Option(help="A certificate of your own for sites to see, with those between it and the authority."),
 ]
 CertificateKey = Annotated[str | None, typer.Option(help="The private key of --certificate.")]
+SLICE = 60.0  # seconds of work per message, unless the job says: each starts a process at the site, which takes eight
 STARTING = 60.0  # seconds that a program of Flower may take to start
 
 
@@ -179,7 +180,7 @@ def run(
     from fedistill.simulation import app_folder
 
     server = read_server(Path(folder))
-    settings: dict[str, Any] = {"server_data": "none"} | read_toml(Path(job), "bad-job")
+    settings: dict[str, Any] = {"server_data": "none", "slice_seconds": SLICE} | read_toml(Path(job), "bad-job")
     settings["out"] = str(_run_folder(server, name or Path(job).stem))
     config = make_config(settings).resolved()
     check_private(config)
