@@ -327,7 +327,7 @@ def admitted_sites(server: Server) -> dict[str, str]:
 
 
 def admitted_file(out: Path) -> Path:
-    """Beside a run's folder: `admitted_sites` as it was when the run was started."""
+    """Beside a run's folder: those of `admitted_sites`, as it was when the run was started, that the run asks."""
     return out.with_name(f"{out.name}.admitted.json")
 
 

@@ -11,7 +11,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -56,14 +56,18 @@ class Failure:
     code: str = ""
 
 
-def wait_for_nodes(grid: Grid, expected: int, needed: int, timeout: float) -> list[int]:
+def wait_for_nodes(
+    grid: Grid, expected: int, needed: int, timeout: float, among: Container[str] | None = None
+) -> list[int]:
     """The nodes that are connected: `expected` of them, or at least `needed` once `timeout` seconds have passed.
+
+    among: the numbers of the nodes that count; None: all.
 
     Raises `FedistillError` ("no-sites") if fewer than `needed` came.
     """
     end = time.monotonic() + timeout
     while True:
-        nodes = sorted(grid.get_node_ids())
+        nodes = sorted(node for node in grid.get_node_ids() if among is None or str(node) in among)
         if len(nodes) >= expected or (len(nodes) >= needed and time.monotonic() > end):
             return nodes
         if time.monotonic() > end:

@@ -92,7 +92,7 @@ class Run:
 
     @property
     def admitted(self) -> dict[str, str]:
-        """The names under which an operator admitted the nodes, by number; empty without `fedistill server run`."""
+        """The nodes that the run asks: the name under which each was admitted, by number; empty without `fedistill server run`."""
         file = admitted_file(self.folder.parent)
         return dict(read_json(file)) if file.exists() else {}
 
@@ -129,14 +129,13 @@ def describe_sites(run: Run, expected: int, simulated: Sequence[str] = ()) -> tu
     Raises `FedistillError` if too few answer, if two say that they are the same site, or if one is a stranger.
     """
     wait = WAIT_SIMULATED if simulated else WAIT_SECONDS
-    nodes = wait_for_nodes(run.grid, expected, run.config.quorum or -(-expected // 2), wait)
+    admitted = {} if simulated else run.admitted
+    nodes = wait_for_nodes(run.grid, expected, run.config.quorum or -(-expected // 2), wait, admitted or None)
     if simulated and len(nodes) != expected:
         raise FedistillError(
             "wrong-nodes", f"The data have {expected} sites, the federation {len(nodes)} SuperNodes: make them equal."
         )
     said: dict[int, dict[str, Any]] = {}
-
-    admitted = {} if simulated else run.admitted
 
     def receive(node: int, content: RecordDict) -> None:
         about = read_description(read_reply(content), private=run.private)

@@ -190,3 +190,26 @@ def test_a_run_knows_under_which_name_each_key_was_admitted(
     job.write_text(JOB)
     say("server", "run", server.folder, job)
     assert json.loads(admitted_file(server.folder / "runs" / "named").read_text()) == {"7001": "north"}
+
+
+def test_a_job_names_the_sites_that_take_part(server: Server, flower: Flower, tmp_path: Path) -> None:
+    for node, name in (("7001", "north"), ("7002", "south"), ("7003", "west")):
+        (server.folder / "sites" / node).write_text(name)
+    job = tmp_path / "two.toml"
+    job.write_text('sites = ["north", "west"]\n')
+    say("server", "run", server.folder, job)
+    assert json.loads(admitted_file(server.folder / "runs/two").read_text()) == {"7001": "north", "7003": "west"}
+    assert "sites=2" in flower.asked[-1][-1].split()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [('["north", "east"]', "names east, admitted under no such name"), ('["north", "north"]', "once"), ("[]", "once")],
+)
+def test_a_job_cannot_name_strangers(server: Server, flower: Flower, tmp_path: Path, names: str, said: str) -> None:
+    (server.folder / "sites" / "7001").write_text("north")
+    job = tmp_path / "job.toml"
+    job.write_text(f"sites = {names}\n")
+    with pytest.raises(FedistillError, match=said):
+        say("server", "run", server.folder, job)
+    assert not flower.asked

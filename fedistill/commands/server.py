@@ -181,19 +181,25 @@ def run(
 
     server = read_server(Path(folder))
     settings: dict[str, Any] = {"server_data": "none", "slice_seconds": SLICE} | read_toml(Path(job), "bad-job")
+    asked = admitted_sites(server)
+    if isinstance(settings.get("sites"), list):
+        asked = _named(asked, settings["sites"], folder)
+        settings["sites"] = len(settings["sites"])
     settings["out"] = str(_run_folder(server, name or Path(job).stem))
     config = make_config(settings).resolved()
     check_private(config)
     if Path(config.out).exists():
         claim_folder(Path(config.out), config)  # another job of that name is refused
     if not config.sites:
-        raise FedistillError("no-number", f"{job}: say with sites = 3 how many take part, so that none is left out.")
+        raise FedistillError(
+            "no-number", f"{job}: say with sites = 3 how many take part, so that none is left out, or name them."
+        )
     name = Path(config.out).name
     if _at_work(server, name):
         raise FedistillError(
             "at-work", f"{name} is at work: `fedistill server status {folder} {name}` says how far it is."
         )
-    write_json(admitted_file(Path(config.out)), admitted_sites(server))
+    write_json(admitted_file(Path(config.out)), asked)
     told = _answer(server, "run", str(app_folder()), HERE, "-c", run_words(settings))
     write_json(_started(server, name), {"run": str(told["run-id"]), "cancelled": ""})
     say(f"Started: {config.out}")
@@ -235,6 +241,21 @@ def fetch_results(
     for path in held:
         say(f"{Path(to) / path}")
     say("The sets of single sites, the server's log of events and its keys stay where they are.")
+
+
+def _named(admitted: dict[str, str], names: list[Any], folder: str) -> dict[str, str]:
+    """Of the admitted sites, by the nodes' numbers, those that a job names.
+
+    Raises `FedistillError` ("bad-job") where it names one twice, or none, or one that was not admitted.
+    """
+    if not names or len(set(map(str, names))) < len(names):
+        raise FedistillError("bad-job", "sites = [...] of a job names each site that takes part, once.")
+    if strangers := [str(name) for name in names if name not in admitted.values()]:
+        raise FedistillError(
+            "bad-job",
+            f"The job names {', '.join(strangers)}, admitted under no such name: `fedistill server sites {folder}` lists them.",
+        )
+    return {node: name for node, name in admitted.items() if name in names}
 
 
 @app.command()

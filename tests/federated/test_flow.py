@@ -342,6 +342,15 @@ def test_a_site_cannot_answer_under_the_name_of_another(tmp_path: Path) -> None:
     assert "its key was admitted as 'east'" in " ".join(e.message for e in events(out, phase="describe"))
 
 
+def test_only_the_sites_that_a_job_names_are_asked(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    write_json(admitted_file(out), {"100": "north", "102": "west"})
+    nodes = [real_site(name, tmp_path / name) for name in ("north", "south", "west")]
+    grid = run(out, nodes=nodes, sites=2, server_data="none")
+    assert load_set(out / "seed-0/merged").sites == ("north", "west")
+    assert not any(node == 1 for _, node in grid.sent)
+
+
 def test_a_site_that_answers_at_once_and_never_is_ready_is_asked_less_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
