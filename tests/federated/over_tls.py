@@ -16,6 +16,7 @@ import json
 import re
 import statistics
 import tempfile
+from contextlib import chdir
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def equal(folder: Path, source: str, modality: str, ipc: int, seeds: int) -> Non
     nodes = [{"partition-id": place} for place in range(len(files))]
     alone = {"data": source, "partition": "site", "server_data": "none", "sites": len(files)}
     config = make_config(settings | alone | {"out": str(simulated), "work": str(folder / "work")}).resolved()
-    serve(LocalGrid(client_app, nodes), config)
+    with chdir(folder):  # a server without data leaves it to the sites where they work
+        serve(LocalGrid(client_app, nodes), config)
     with Federation(folder / "federation", files, dict.fromkeys(files, "")) as federation:
         real = federation.run("real", settings | {"sites": len(files)}, 3600)
     for seed in range(seeds):
