@@ -95,5 +95,5 @@ if __name__ == "__main__":
     sys.argv = ["flwr-clientapp", *sys.argv[2:]]
     try:
         flwr_clientapp()
-    finally:  # a process was seen to hang; at its end, in native code, neither Python nor Flower's own timer runs any more
+    finally:  # native code can hang when a process ends, and neither Python nor Flower's own timer runs any more
         signal.alarm(LINGER)

@@ -84,9 +84,8 @@ def test_a_certificate_that_ends_is_said_before_and_refused_after(
 ) -> None:
     assert check_certificates(server.pki, server.host) == []
     apart = end_of(inside(server.pki).authority) - end_of(inside(server.pki).certificate)
-    assert (
-        round(apart / timedelta(days=1)) == AUTHORITY_DAYS - DAYS
-    )  # they were made one after the other, maybe in two seconds
+    # they were made one after the other, maybe in two seconds
+    assert round(apart / timedelta(days=1)) == AUTHORITY_DAYS - DAYS
     monkeypatch.setattr(certificates, "DAYS", 12)
     make_certificate(server.pki, server.host)
     (soon,) = check_certificates(server.pki, server.host)
