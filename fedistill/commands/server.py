@@ -33,7 +33,7 @@ Certificate = Annotated[
     typer.Option(help="A certificate of your own for sites to see, with those between it and the authority."),
 ]
 CertificateKey = Annotated[str | None, typer.Option(help="The private key of --certificate.")]
-SLICE = 60.0  # seconds of work per message, unless the job says: each starts a process at the site, which takes eight
+SLICE = 60.0  # seconds of work per message, unless the job says: each starts a process at the site, which takes seven
 STARTING = 60.0  # seconds that a program of Flower may take to start
 
 
