@@ -255,9 +255,9 @@ class Config:
         """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""
         method = self.method
         if method == "auto":
-            method = (
-                "sketch" if self.privacy == "dp" and self.rounds == 1 else recommended_method(self.ipc, self.rounds)
-            )
+            method = recommended_method(self.ipc)
+            if self.privacy == "dp":  # of what can be private, only trajectory matching has a use for what others teach
+                method = "sketch" if self.rounds == 1 else "ptm"
         preset = PRESETS[self.preset] | (PRIVATE if self.privacy == "dp" else {})
         filled = {k: v for k, v in preset.items() if getattr(self, k) == 0}
         if "iterations" in filled:
@@ -311,12 +311,9 @@ PRIVATE = {"experts": 1, "expert_steps": 80}
 LIGHT = {"sketch": 5, "dm": 5, "cf": 5, "dc": 2, "dsa": 2}
 
 
-def recommended_method(ipc: int, rounds: int = 1) -> str:
-    """The method that did best on validation (docs/benchmark.md): the same at every `ipc` that was tried.
-
-    Later rounds complement what other sites teach, which takes trajectory matching.
-    """
-    return "cf" if rounds == 1 else "ptm"
+def recommended_method(ipc: int) -> str:
+    """The method that did best on validation (docs/benchmark.md): the same at every `ipc` that was tried."""
+    return "cf"
 
 
 def listed(text: str) -> list[str]:

@@ -77,7 +77,7 @@ def fedistill(monkeypatch, capsys):
         (["simulate", "--data", "pneumoniamnst"], "did you mean 'pneumoniamnist'"),
         (["simulate", "--data", "phantom", "--ipc", "500"], "ipc=500 asks for 2000 synthetic images"),
         (["simulate", "--method", "mtt", "--set", "segment=500"], "segment=500 needs more checkpoints"),
-        (["simulate", "--method", "cf", "--rounds", "2"], "rounds=2 needs trajectory matching"),
+        (["simulate", "--method", "dm", "--rounds", "2"], "rounds=2 needs cf or trajectory matching"),
         (["evaluate", "nowhere"], "holds no synthetic set"),
         (["probe", "--ipc", "1,two"], "ipc=1,two is no list of whole numbers"),
         (["probe", "--ipc", "0"], "ipc=0 is no list of budgets"),

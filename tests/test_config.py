@@ -66,7 +66,9 @@ def test_keys_of_work_follow_what_matters() -> None:
 def test_auto_becomes_a_method_and_cheap_iterations_become_more() -> None:
     resolved = make_config({"preset": "quick"}).resolved()
     assert resolved.method == recommended_method(resolved.ipc) in METHODS
-    assert make_config({"rounds": 2}).resolved().method == "ptm"  # the others have no use for what other sites teach
+    assert make_config({"rounds": 2}).resolved().method == recommended_method(1)
+    # of the methods that can be private only trajectory matching has a use for what other sites teach
+    assert make_config({"rounds": 2, "privacy": "dp", "epsilon": 1.0}).resolved().method == "ptm"
     quick = PRESETS["quick"]["iterations"]
     assert make_config({"preset": "quick", "method": "ptm"}).resolved().iterations == quick
     assert make_config({"preset": "quick", "method": "cf"}).resolved().iterations == LIGHT["cf"] * quick

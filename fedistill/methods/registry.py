@@ -31,6 +31,7 @@ class Method:
     select: takes real images instead of making any (then there is no step).
     sees_images: whether it reads real images while it distils; then nothing that it makes can be private by post-processing.
     sketch, experts: what it needs to be made of the images beforehand.
+    meets_others: in later rounds its experts are trained anew, on the site's images and on those that the other sites made.
     """
 
     summary: str
@@ -49,6 +50,7 @@ class Method:
     experts: bool = True
     sketch: bool = False
     sees_images: bool = False
+    meets_others: bool = False
 
     @property
     def learns_labels(self) -> bool:
@@ -118,6 +120,7 @@ METHODS: dict[str, Method] = {
         summary="distribution matching: characteristic functions of the experts' features; reads real images",
         source="Wang et al. (NCFM), CVPR 2025, arXiv 2502.20653, without its sampling network",
         step=partial(distribution.step, features=distribution.between_experts, distance=distribution.characteristic),
+        meets_others=True,
     ),
     "sketch": Method(
         summary="one pass over the images to a vector per class, to which the set is fitted; can be private with little noise",

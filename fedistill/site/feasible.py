@@ -26,10 +26,10 @@ def check_settings(config: Config, task: Task) -> None:
             "no-checkpoint",
             f"checkpoint_every={config.checkpoint_every} is more than expert_steps={config.expert_steps}: lower it.",
         )
-    if config.rounds > 1 and method.schedule is None:
+    if config.rounds > 1 and method.schedule is None and not method.meets_others:
         raise FedistillError(
             "not-for-method",
-            f"rounds={config.rounds} needs trajectory matching, and method={config.method} is none: use ptm, or one round.",
+            f"rounds={config.rounds} needs cf or trajectory matching, and method={config.method} is neither: use cf, or one round.",
         )
     if config.patience and config.privacy == "dp":
         raise FedistillError(

@@ -5,7 +5,8 @@ at most one slice, and runs that differ only after the experts share them:
 
     <work>/<site>/ledger.db                              what was spent on this site's records, over all work
     <work>/<site>/<data and expert settings>/            experts or sketch, facts.json
-    <work>/<site>/<data and expert settings>/<settings>/ state.safetensors, progress-<r>.json, round-<r>/ (the released set)
+    <work>/<site>/<data and expert settings>/<settings>/ state.safetensors, progress-<r>.json, round-<r>/ (the released set),
+                                                         experts-<r>/ of a later round, where the method trains any
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import fedistill
 from fedistill.config import Config
-from fedistill.data.dataset import Dataset
+from fedistill.data.dataset import Dataset, Split
 from fedistill.data.public import NORMALISATION, normalise
 from fedistill.data.records import Records
 from fedistill.errors import FedistillError
@@ -134,7 +135,33 @@ def advance(
             eta = spent.get("experts", 0.0) * (total - done) / max(done, 1)
             return Progress("experts", done, total, eta=eta, seconds=spent)
         began = time.monotonic()
-    return _distil_slice(config, method, data, site, folders, spent, round, context, began, until)
+    others = None if context is None else _of_others(context, site)
+    if others is not None and method.meets_others:
+        done, total = _meet(others, config, data, site, folders, round, until)
+        _spend(folders, spent, "experts", began)
+        if done < total or time.monotonic() >= until:
+            return Progress("experts", done, total, seconds=spent)
+        began = time.monotonic()
+    return _distil_slice(config, method, data, site, folders, spent, round, others, began, until)
+
+
+def _of_others(merged: SyntheticSet, site: str) -> SyntheticSet | None:
+    """The images of `merged` that other sites made; None where there are none."""
+    pick = merged.site != (merged.sites.index(site) if site in merged.sites else -1)
+    return merged.take(pick) if pick.any() else None
+
+
+def _meet(
+    others: SyntheticSet, config: Config, data: Dataset, site: str, folders: _Folders, round: int, until: float
+) -> tuple[int, int]:
+    """Train the experts of a later round on the site's images and on those that the other sites made. As `train_experts`."""
+    made = (others.labels > 0.5).long() if data.kind == "multilabel" else others.hard_labels
+    images = torch.cat([data.train.images, (255 * others.pixels).round().to(torch.uint8)])
+    train = Split(images, torch.cat([data.train.labels, made]), torch.zeros(len(images), dtype=torch.int64))
+    word = f"{site} in round {round}"
+    return train_experts(
+        config, task_of(data), train, folders.met(round), site=word, checkpoints=folders.checkpoints, until=until
+    )
 
 
 def _distil_slice(
@@ -145,7 +172,7 @@ def _distil_slice(
     folders: _Folders,
     spent: dict[str, float],
     round: int,
-    context: SyntheticSet | None,
+    others: SyntheticSet | None,
     began: float,
     until: float,
 ) -> Progress:
@@ -153,12 +180,13 @@ def _distil_slice(
     real = None
     if config.privacy == "none" and (config.init == "real" or method.sees_images):
         real = Real(data.train.images, targets_of(data.train.labels, data.classes, data.kind), task_of(data))
-    others = None
-    if context is not None and set(context.sites) - {site}:
-        pick = context.site != (context.sites.index(site) if site in context.sites else -1)
+    context = None
+    if others is not None:
         device = device_of(config.device)
-        others = (context.images[pick].to(device), context.labels[pick].to(device))
-    matching = prepare(config, method, bundle, real=real, context=others, round=round)
+        context = (others.images.to(device), others.labels.to(device))
+        if method.meets_others:
+            bundle = replace(bundle, trajectories=folders.trajectories(config, folders.met(round)))
+    matching = prepare(config, method, bundle, real=real, context=context, round=round)
     state = load_state(folders.state, device_of(config.device)) if folders.state.exists() else start(matching, site)
     before, total = state.iteration, matching.goal
     distil(matching, state, until=until)
@@ -325,10 +353,14 @@ class _Folders:
         name = config.key("distill") + (f"-{quote(run, safe='')}" if config.rounds > 1 else "")
         return _Folders(experts, name, checkpoints, method.sketch)
 
-    def trajectories(self, config: Config) -> tuple[Tensor, ...]:
-        """Those of the experts `(T+1, P)`; none where the method has no use for experts."""
+    def trajectories(self, config: Config, experts: Path | None = None) -> tuple[Tensor, ...]:
+        """Those of the experts `(T+1, P)`, or of others in `experts`; none where the method has no use for experts."""
         n = config.experts if self.checkpoints else 0
-        return tuple(load_trajectory(self.experts, e, self.checkpoints) for e in range(n))
+        return tuple(load_trajectory(experts or self.experts, e, self.checkpoints) for e in range(n))
+
+    def met(self, round: int) -> Path:
+        """The experts of a later round, which learned from what the other sites made."""
+        return self.experts / self.name / f"experts-{round}"
 
     @property
     def facts(self) -> Path:

@@ -114,6 +114,8 @@ def _estimate(c: Config, cores: int, trained: set[str], compared: set[str]) -> E
     else:
         per_iteration = 2 * images
     distilling = 0 if method.select else sites * c.rounds * c.iterations * per_iteration
+    if method.meets_others:
+        distilling += (c.rounds - 1) * sites * c.experts * steps * c.expert_batch
     made = min(c.eval_batch, sites * images)
     arms = 2 * made
     shared = f"{c.key('data')}, {c.eval_models}, {c.eval_nets}, {c.eval_steps}, {c.eval_batch}, {c.seed}"

@@ -70,13 +70,15 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
         """Positions of the images that site `name` made."""
         return torch.nonzero(self.site == self.sites.index(name)).flatten()
 
+    def take(self, pick: Tensor) -> SyntheticSet:
+        """The images at `pick`, positions or a mask `(m,)`; the sites stay as they are."""
+        return replace(self, images=self.images[pick], labels=self.labels[pick], site=self.site[pick])
+
     def part_of(self, name: str) -> SyntheticSet:
         """The set of site `name` alone."""
         index, place = self.of_site(name), self.sites.index(name)
         return replace(
-            self,
-            images=self.images[index],
-            labels=self.labels[index],
+            self.take(index),
             site=torch.zeros(len(index), dtype=torch.int64),
             sites=(name,),
             step_size=self.step_size[place : place + 1],

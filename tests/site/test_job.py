@@ -12,6 +12,7 @@ import torch
 
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset, Split
+from fedistill.data.public import normalise
 from fedistill.errors import FedistillError
 from fedistill.evaluation.fit import Material, fit, of_split, predict
 from fedistill.evaluation.metrics import score
@@ -19,6 +20,7 @@ from fedistill.files import read_json
 from fedistill.matching.distil import distil, start
 from fedistill.matching.problem import prepare
 from fedistill.methods.registry import METHODS, method_of
+from fedistill.models.loss import targets_of
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 from fedistill.site.job import Progress, _Folders, advance, load_bundle, released_set
@@ -150,19 +152,51 @@ def test_a_site_with_one_class_can_take_part(tiny: Dataset, tmp_path: Path) -> N
     assert torch.isfinite(made.images).all()
 
 
-def test_a_second_round_goes_on_and_depends_on_what_the_others_teach(tiny: Dataset, tmp_path: Path) -> None:
-    config = settings(rounds=2)
-    first, _ = finish(config, tiny, tmp_path)
-    shutil.copytree(tmp_path, tmp_path.with_name("other"))
+@pytest.mark.parametrize("method", ["ptm", "cf"])
+def test_a_second_round_goes_on_and_depends_on_what_the_others_teach(
+    method: str, tiny: Dataset, tmp_path: Path
+) -> None:
+    config = settings(rounds=2, method=method)
+    first, _ = finish(config, tiny, tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
 
     def second(images: torch.Tensor, work: Path) -> SyntheticSet:
         other = SyntheticSet(**{**first.__dict__, "images": images, "sites": ("south",), "manifest": {"south": {}}})
         return finish(config, tiny, work, round=2, context=merge([first, other]))[0]
 
-    one = second(first.images, tmp_path)
-    two = second(first.images.flip(0), tmp_path.with_name("other"))
+    one = second(first.images, tmp_path / "one")
+    two = second(first.images.flip(0), tmp_path / "two")
     assert not same(first, one)
     assert not same(one, two)
+
+
+def test_experts_of_a_later_round_know_the_classes_that_only_others_have(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(rounds=2, method="cf", width=8, expert_steps=200, expert_lr=0.1)
+    task, labels = task_of(tiny), tiny.train.labels
+    mine, theirs = (torch.nonzero(labels == c).flatten() for c in (1, 0))
+    here = tiny.at({"train": mine, "val": mine[:0], "test": mine[:0]}, "one class")
+    own, _ = finish(config, here, tmp_path)
+    absent = normalise(tiny.train.images[theirs], tiny.modality)
+    taught = SyntheticSet(
+        **{**own.__dict__, "images": absent, "labels": targets_of(labels[theirs], task.classes, task.kind),
+           "site": torch.zeros(len(theirs), dtype=torch.int64), "sites": ("south",), "manifest": {"south": {}}}
+    )  # fmt: skip
+    finish(config, here, tmp_path, round=2, context=merge([own, taught]))
+    folders, net = _Folders.of(config, here, "north", tmp_path, ""), task.network("convnet", config)
+    right = [
+        [(net(path[-1], absent).argmax(1) == 0).float().mean() for path in folders.trajectories(config, *where)]
+        for where in ((), (folders.met(2),))
+    ]
+    assert max(right[0]) < 0.1
+    assert min(right[1]) > 0.4
+
+
+def test_a_site_that_is_alone_goes_on_with_the_experts_that_it_has(tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(rounds=2, method="cf")
+    first, _ = finish(config, tiny, tmp_path)
+    second, _ = finish(config, tiny, tmp_path, round=2, context=merge([first]))
+    assert not same(first, second)
+    assert not _Folders.of(config, tiny, "north", tmp_path, "").met(2).exists()
 
 
 def test_all_skipped_iterations_are_an_error_not_a_result(tiny: Dataset, tmp_path: Path) -> None:
