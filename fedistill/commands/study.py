@@ -119,17 +119,18 @@ def show(
     from fedistill.bench.tables import markdown_table
     from fedistill.report.tables import METRICS
     from fedistill.study.results import read_folder
-    from fedistill.study.tables import caption, cells_table, chosen, headline
+    from fedistill.study.tables import ONCE, caption, cells_table, chosen, headline, table
 
     about, rows = read_folder(_folder(out))
     if metric is not None and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     model = chosen(rows, "eval_model", model)
     metric = metric or headline(rows)
-    head, body = cells_table(rows, about["varied"], metric, model)
+    head, body = (cells_table if as_json else table)(rows, about["varied"], metric, model)
     failed = {row["cell"]: row["reason"] for row in rows if row["status"] == "failed"}
     left = len(about["names"]) - len({row["cell"] for row in rows})
-    notes = [caption(metric, model), *([f"{left} cells have not run yet."] if left else [])]
+    notes = [caption(metric, model), *([ONCE] if "Trained on" in head else [])]
+    notes += [f"{left} cells have not run yet."] if left else []
     notes += [f"Failed: {about['names'].get(cell, cell)}: {reason}" for cell, reason in failed.items()]
     if as_json:
         lines = [dict(zip(head, line, strict=True)) for line in body]
@@ -137,10 +138,10 @@ def show(
     elif markdown:
         print("\n\n".join([f"**{about['title']}**", markdown_table(head, body), *notes]))
     else:
-        table = Table(*head, box=None, title=about["title"])
+        printed = Table(*head, box=None, title=about["title"])
         for line in body:
-            table.add_row(*line)
-        Console(markup=False, highlight=False).print(table)
+            printed.add_row(*line)
+        Console(markup=False, highlight=False).print(printed)
         for note in notes:
             say(note)
 

@@ -17,7 +17,7 @@ from fedistill.report.page import style
 from fedistill.study.plan import shown
 from fedistill.study.plots import LOGARITHMIC, NO_PRIVACY, TITLES
 from fedistill.study.results import FIGURES, Row, read_folder, usable
-from fedistill.study.tables import arms_of, caption, cells_table, chosen, headline, spread
+from fedistill.study.tables import arms_of, caption, cells_table, chosen, headline, main_arm, spread
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -44,6 +44,7 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int) 
         "figures": figures,
         "first": metric if metric in figures else figures[0],
         "names": {column: TITLES.get(column, column) for column in (*columns, *figures)},
+        "main": main_arm(rows),
         "arms": {arm: tables.arm_name(arm) for arm in arms},
         "colours": len(PALETTE),
         "logarithmic": LOGARITHMIC,
@@ -73,7 +74,7 @@ def _glance(rows: Sequence[Row], varied: Sequence[str], metric: str, model: str,
     """What was done, the ends of what was reached, what was promised, and what was sent."""
     ours: dict[str, list[Row]] = {}
     for row in usable(rows):
-        if row["eval_model"] == model and row["trained_on"] == arms_of(rows)[0]:
+        if row["eval_model"] == model and row["trained_on"] == main_arm(rows):
             ours.setdefault(row["cell"], []).append(row)
     done, failed = len(ours), len({row["cell"] for row in rows if row["status"] == "failed"})
     seeds = max((len({row["seed"] for row in mine}) for mine in ours.values()), default=0)

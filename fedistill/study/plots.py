@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from fedistill.report.curves import PALETTE
 from fedistill.report.tables import METRICS, arm_name, without_rounds
 from fedistill.study.plan import shown
 from fedistill.study.results import FIGURES, Row, usable
-from fedistill.study.tables import arms_of, models_of, spread
+from fedistill.study.tables import main_arm, models_of, spread
 
 TITLES = METRICS | {
     "images": "Images trained on",
@@ -39,6 +42,7 @@ NO_PRIVACY = "no privacy"
 # Figures of an arm that go across like a setting: a line has a point for every number of rounds after which the arm was judged.
 GROWING = ("upload_bytes", "after_rounds")
 FAMILY = "family"  # the arms that differ in that number only
+BESIDE = 8  # lines whose names stand beside a plot; those of more stand below it
 LOGARITHMIC = 10  # positive values that span this factor get a logarithmic axis
 
 
@@ -87,7 +91,7 @@ def axes_of(rows: Sequence[Row], varied: Sequence[str], *, x: str, y: str, by: s
     shown_by = (by,) if by else tuple(key for key in varied if key != x and key not in said)
     if x in GROWING and not by and "trained_on" not in said:
         shown_by += (FAMILY,)
-    for column, values in (("trained_on", arms_of(rows)), ("eval_model", models_of(rows))):
+    for column, values in (("trained_on", [main_arm(rows)]), ("eval_model", models_of(rows))):
         if column == "trained_on" and FAMILY in (*shown_by, *said):
             continue
         if column not in (x, *shown_by, *said) and values:
@@ -99,14 +103,24 @@ def axes_of(rows: Sequence[Row], varied: Sequence[str], *, x: str, y: str, by: s
 
 
 def lines_of(rows: Sequence[Row], axes: Axes) -> list[Line]:
-    """The lines of a plot in the order of the results."""
+    """The lines of a plot in the order of the results. Among families, what several cells share (an arm on real images) is one
+    line, and one that has no like is called by its family alone."""
     found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
     for row in grown(usable(rows), axes.x) if axes.x in GROWING else usable(rows):
         if row[axes.y] is None or any(row[key] != value for key, value in axes.where.items()):
             continue
         points = found.setdefault(tuple(row[key] for key in axes.by), {})
         points.setdefault(row[axes.x], []).append(row[axes.y])
-    return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
+    if FAMILY not in axes.by:
+        return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
+    family = axes.by.index(FAMILY)
+    once = {(key[family], repr(points)): key for key, points in reversed(found.items())}
+    alike = Counter(name for name, _ in once)
+    return [
+        Line(name=arm_name(key[family]) if alike[key[family]] == 1 else _name(axes.by, key), points=points)
+        for key, points in found.items()
+        if once[key[family], repr(points)] == key
+    ]
 
 
 def grown(rows: Sequence[Row], x: str) -> list[Row]:
@@ -140,7 +154,9 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
     """The plot as a matplotlib figure: colour, marker and dash of every line differ, so that it can be read without colour."""
     from matplotlib.figure import Figure  # takes a second to import; without pyplot, no window system is touched
 
-    figure = Figure(figsize=(5.6 if axes.by else 4.2, 3.1), layout="constrained")
+    below = len(lines) > BESIDE
+    height = 3.1 + (0.2 * math.ceil(len(lines) / 2) + 0.3 if below else 0.0)
+    figure = Figure(figsize=(7.2 if below else 5.6 if axes.by else 4.2, height), layout="constrained")
     panel = figure.subplots()
     values = list(dict.fromkeys(x for line in lines for x in line.points if not _open(axes, x)))
     numeric = all(isinstance(x, int | float) and not isinstance(x, bool) for x in values)
@@ -161,7 +177,7 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
             places = there if numeric else [values.index(x) + (k - (len(lines) - 1) / 2) * step for x in there]
             found = [spread(line.points[x]) for x in there]
             means, widths = [f["mean"] for f in found], [f["std"] or 0.0 for f in found]
-            if numeric:
+            if numeric and len(there) > 1:
                 (drawn[line.name],) = panel.plot(places, means, **style)
                 low, high = ([m + sign * w for m, w in zip(means, widths, strict=True)] for sign in (-1, 1))
                 panel.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -183,10 +199,13 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
         panel.set_xticks([], minor=True)
     panel.set_xlabel(TITLES.get(axes.x, axes.x))
     panel.set_ylabel(_measured(axes))
-    panel.set_title(title, fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 70 if below or axes.by else 50), fontsize="medium")
     panel.grid(alpha=0.25)
     if len(drawn) > 1 or axes.by:
-        figure.legend(list(drawn.values()), list(drawn), loc="outside right center", frameon=False, fontsize="small")
+        place: dict[str, Any] = (
+            {"loc": "outside lower center", "ncols": 2} if below else {"loc": "outside right center"}
+        )
+        figure.legend(list(drawn.values()), list(drawn), frameon=False, fontsize="small", **place)
     return figure
 
 

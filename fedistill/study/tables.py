@@ -12,6 +12,8 @@ from fedistill.study.plan import shown
 from fedistill.study.results import Row, usable
 
 NOTHING = "–"
+MOST = 7  # arms that a line has room for
+ONCE = "An arm that is the same in several cells stands with the first."
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -28,6 +30,12 @@ def models_of(rows: Sequence[Row]) -> list[str]:
 def arms_of(rows: Sequence[Row]) -> list[str]:
     """What global models were trained on, in the order of every report."""
     return [key for key, _ in arms_in_order({row["trained_on"]: {} for row in usable(rows)})]
+
+
+def main_arm(rows: Sequence[Row]) -> str:
+    """The arm that a study is about: the union of the last round."""
+    arms = arms_of(rows)
+    return "distilled" if "distilled" in arms or not arms else arms[0]
 
 
 def chosen(rows: Sequence[Row], column: str, value: str | None) -> str:
@@ -50,16 +58,52 @@ def cells_table(
     for row in rows:
         by_cell.setdefault(row["cell"], []).append(row)
     body = []
-    for cell, mine in by_cell.items():
-        names = [shown(mine[0][key]) for key in varied] or [cell]
+    for mine in by_cell.values():
+        names = _named(mine[0], varied)
         mine = [row for row in usable(mine) if row["eval_model"] == model]
         if not mine:
             body.append([*names, *(["failed"] * len(arms)), NOTHING, "0"])
             continue
         figures = [score(spread([row[metric] for row in mine if row["trained_on"] == arm])) for arm in arms]
-        sent = spread([row["upload_bytes"] for row in mine if row["trained_on"] == arms[0]])
+        sent = spread([row["upload_bytes"] for row in mine if row["trained_on"] == main_arm(rows)])
         body.append([*names, *figures, size(sent), str(len({row["seed"] for row in mine}))])
     return head, body
+
+
+def table(rows: Sequence[Row], varied: Sequence[str], metric: str, model: str) -> tuple[list[str], list[list[str]]]:
+    """`cells_table`, or of many arms a line for each of every cell."""
+    return (arms_table if len(arms_of(rows)) > MOST else cells_table)(rows, varied, metric, model)
+
+
+def arms_table(
+    rows: Sequence[Row], varied: Sequence[str], metric: str, model: str
+) -> tuple[list[str], list[list[str]]]:
+    """Head and body: what each cell varies, an arm, `metric` as mean ± deviation over seeds, upload, number of seeds.
+
+    An arm that is the same in several cells, as those on real images are, stands with the first (`ONCE`).
+    """
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in usable(rows):
+        if row["eval_model"] == model:
+            found.setdefault((row["cell"], row["trained_on"]), []).append(row)
+    body: dict[tuple[str, ...], list[str]] = {}
+    for cell in dict.fromkeys(row["cell"] for row in rows):
+        mine = [(arm, found[cell, arm]) for arm in arms_of(rows) if (cell, arm) in found]
+        if not mine:
+            failed = next(row for row in rows if row["cell"] == cell)
+            body[(cell,)] = [*_named(failed, varied), NOTHING, "failed", NOTHING, "0"]
+        for arm, seeds in mine:
+            figures = [
+                score(spread([row[metric] for row in seeds])),
+                size(spread([row["upload_bytes"] for row in seeds])),
+            ]
+            line = [arm_name(arm), *figures, str(len(seeds))]
+            body.setdefault(tuple(line), [*_named(seeds[0], varied), *line])
+    return [*(varied or ["cell"]), "Trained on", METRICS[metric], "Upload", "n"], list(body.values())
+
+
+def _named(row: Row, varied: Sequence[str]) -> list[str]:
+    return [shown(row[key]) for key in varied] or [row["cell"]]
 
 
 def spread(values: Sequence[float | None]) -> Mapping[str, Any]:

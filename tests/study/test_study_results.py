@@ -20,7 +20,7 @@ from fedistill.study.plan import Cell, Study, cells_of, read_study
 from fedistill.study.plots import axes_of, lines_of, write_plots
 from fedistill.study.results import FIGURES, Row, finished, read_results, record_path, write_results
 from fedistill.study.run import forecast, refuse_foreign, run_study
-from fedistill.study.tables import cells_table, headline
+from fedistill.study.tables import cells_table, headline, table
 
 TEXT = "seeds = 2\n[grid]\nmethod = ['cf', 'mtt']\nipc = [1, 10]"
 
@@ -94,6 +94,35 @@ def test_the_table_has_a_row_per_cell(ended) -> None:
     assert body[0] == ["cf", "1", ".510 ± .014", ".410 ± .014", "12.3 MB", "2"]
     assert body[3] == ["mtt", "10", "failed", "failed", "–", "0"]
     assert cells_table(rows, [], "balanced_accuracy", "mlp")[0][0] == "cell"
+
+
+def several(cell: str, arm: str, seed: int, auc: float, sent: int = 0) -> Row:
+    """A row of a study of which each cell has many arms."""
+    about = {"cell": cell, "n": len(cell), "eval_model": "mlp", "trained_on": arm, "seed": seed, "auc": auc}
+    return dict.fromkeys(FIGURES) | about | {"kind": "multiclass", "status": "ok", "reason": "", "upload_bytes": sent}
+
+
+def test_of_many_arms_each_has_a_line_and_what_cells_share_stands_once() -> None:
+    arms = ("distilled-1", "distilled", "random_real", "fedavg-1", "fedavg-10", "fedavg", "ensemble", "one-shot")
+    rows = [several("a", arm, seed, 0.5 + 0.01 * seed, 1000 * k) for k, arm in enumerate(arms) for seed in (0, 1)]
+    rows += [several("bb", arm, seed, 0.5 + 0.01 * seed, 2000) for arm in arms[1:3] for seed in (0, 1)]
+    rows += [several("ccc", "distilled", 0, 0.0) | {"status": "failed", "seed": None}]
+    head, body = table(rows, ["n"], "auc", "mlp")
+    assert head == ["n", "Trained on", "AUC", "Upload", "n"]
+    assert body[0] == ["1", "Distilled union, 1 round", ".505 ± .007", "0 B", "2"]
+    assert [line[:2] for line in body[len(arms) :]] == [["2", "Distilled union"], ["3", "–"]]
+    assert body[-1][2] == "failed"
+    few = [row for row in rows if row["trained_on"] in arms[:3]]
+    assert table(few, ["n"], "auc", "mlp") == cells_table(few, ["n"], "auc", "mlp")
+
+
+def test_a_study_is_about_the_union_of_the_last_round() -> None:
+    rows = [several("a", "distilled-1", 0, 0.5, 10), several("a", "distilled", 0, 0.75, 20)]
+    text = page("Rounds", rows, ["n"], cells=1).decode()
+    assert re.findall(r'<dd class="figure words">(.*?)</dd>', text)[3] == "20 B"
+    assert '"main": "distilled"' in text
+    assert axes_of(rows, ["n"], x="n", y="auc", by="", where={}).where["trained_on"] == "distilled"
+    assert cells_table(rows, ["n"], "auc", "mlp")[1] == [["1", ".500", ".750", "20 B", "1"]]
 
 
 def test_finished_cells_correct_the_forecast(ended) -> None:
@@ -199,14 +228,18 @@ def test_accuracy_over_bytes_has_a_line_per_arm_and_a_point_per_number_of_rounds
     rows = [
         row("a", "distilled", 0, 90, 1, 0.8), row("a", "distilled", 1, 110, 1, 0.9), row("a", "fedavg-1", 0, 400, 1, 0.5),
         row("a", "fedavg", 0, 4000, 10, 0.7), row("a", "local_only", 0, 0, None, 0.6), row("bb", "distilled", 0, 900, 1, 0.85),
+        row("bb", "local_only", 0, 0, None, 0.6), row("a", "centralised", 0, 5000, None, 0.9),
+        row("bb", "centralised", 0, 5000, None, 0.8),
     ]  # fmt: skip
     axes = axes_of(rows, ["ipc"], x="upload_bytes", y="auc", by="", where={})
     found = {line.name: dict(line.points) for line in lines_of(rows, axes)}
     assert found == {
         "ipc 1, Distilled union": {100: [0.8, 0.9]},
-        "ipc 1, Federated averaging": {400: [0.5], 4000: [0.7]},
-        "ipc 1, Local only": {0: [0.6]},
+        "Federated averaging": {400: [0.5], 4000: [0.7]},
+        "Local only": {0: [0.6]},
+        "ipc 1, Centralised": {5000: [0.9]},
         "ipc 2, Distilled union": {900: [0.85]},
+        "ipc 2, Centralised": {5000: [0.8]},
     }
     axes = axes_of(rows, ["ipc"], x="after_rounds", y="auc", by="family", where={"ipc": "1"})
     found = {line.name: dict(line.points) for line in lines_of(rows, axes)}
