@@ -117,13 +117,12 @@ def show(
 ) -> None:
     """Table of what the cells reached: mean and deviation over seeds."""
     from fedistill.bench.tables import markdown_table
-    from fedistill.report.tables import METRICS
     from fedistill.study.results import read_folder
-    from fedistill.study.tables import ONCE, caption, cells_table, chosen, headline, table
+    from fedistill.study.tables import ONCE, SCORES, caption, cells_table, chosen, headline, table
 
     about, rows = read_folder(_folder(out))
-    if metric is not None and metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
+    if metric is not None and metric not in SCORES:
+        raise unknown("metric", metric, SCORES)
     model = chosen(rows, "eval_model", model)
     metric = metric or headline(rows)
     head, body = (cells_table if as_json else table)(rows, about["varied"], metric, model)

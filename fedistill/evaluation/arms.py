@@ -201,12 +201,20 @@ def fitting_network(config: Config, task: Task, model: str, theta: Tensor) -> Fl
 
 
 def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
-    """The mean over sites of the mean over networks, with the deviation over networks of that mean over sites."""
+    """The mean over sites of the mean over networks, with the deviation over networks of that mean over sites.
+
+    "validation" holds the means on validation images, for choices between runs: what is chosen on test is not tested.
+    """
     nets = range(len(runs[0].scores))
+    names = [name for name in runs[0].scores[0] if name != "per_class_recall"]
     figures: dict[str, Any] = {}
-    for name in (name for name in runs[0].scores[0] if name != "per_class_recall"):
+    for name in names:
         over_sites = [mean_std([run.scores[n][name] for run in runs])["mean"] for n in nets]
         figures[name] = mean_std(over_sites)
+    figures["validation"] = {
+        name: mean_std([mean_std([run.val_scores[n][name] for run in runs])["mean"] for n in nets])["mean"]
+        for name in names
+    }
     classes = range(len(runs[0].scores[0]["per_class_recall"]))
     figures["per_class_recall"] = [
         mean_std([mean_std([run.scores[n]["per_class_recall"][c] for run in runs])["mean"] for n in nets])

@@ -284,6 +284,11 @@ def _arms(seeds: Sequence[Json], class_names: Sequence[str], kind: str) -> Json:
         }
         for name in ("images", "upload_bytes", "seconds"):
             figures[name] = mean_std([r[name] for r in runs])["mean"]
+        figures["validation"] = {
+            name: mean_std([r["validation"][name] for r in runs])["mean"]
+            for name in NAMES[kind]
+            if all(name in r.get("validation", {}) for r in runs)
+        }
         figures["learning_rate"] = [rate for r in runs for rate in r["learning_rate"]]
         if "rounds" in runs[0]:
             figures["rounds"] = runs[0]["rounds"]

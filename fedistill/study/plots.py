@@ -14,12 +14,12 @@ from fedistill.bench.plots import DASHES, MARKERS, vector
 from fedistill.errors import FedistillError, unknown
 from fedistill.files import write_bytes
 from fedistill.report.curves import PALETTE
-from fedistill.report.tables import METRICS, arm_name, without_rounds
+from fedistill.report.tables import arm_name, without_rounds
 from fedistill.study.plan import shown
 from fedistill.study.results import FIGURES, Row, usable
-from fedistill.study.tables import main_arm, models_of, spread
+from fedistill.study.tables import SCORES, main_arm, models_of, spread
 
-TITLES = METRICS | {
+TITLES = SCORES | {
     "images": "Images trained on",
     "upload_bytes": "Bytes sent by all sites",
     "after_rounds": "Rounds",
@@ -228,7 +228,7 @@ def _open(axes: Axes, x: Any) -> bool:
 def _measured(axes: Axes) -> str:
     """What the vertical axis shows, and of which model."""
     title = TITLES.get(axes.y, axes.y)
-    if axes.y not in METRICS:
+    if axes.y not in SCORES:
         return title
     about = [arm_name(axes.where["trained_on"])] if "trained_on" in axes.where else []
     about += [axes.where["eval_model"]] if "eval_model" in axes.where else []

@@ -4,7 +4,8 @@ Columns, besides those that tell the cells apart (`Study.columns`: the keys of t
 
     cell            its folder in `cells/`               trained_on  distilled, random_real, local_only, centralised, ...
     seed, eval_model   empty where the cell failed       kind        multiclass, multilabel or ordinal
-    accuracy ... mae   means over the networks of a seed; empty where a kind of task has no such figure
+    accuracy ... mae   means over the networks of a seed, on test; empty where a kind of task has no such figure
+    val_accuracy ...   the same on validation: what cells are chosen by, so that the test figure of the chosen one is a test
     images, upload_bytes   what the arm is made of, and what all sites send for it
     after_rounds    of distillation or averaging; 1 where there is one; empty where nothing is sent
     release_epsilon, release_delta   what the union of the sets promises; empty without privacy, and in the other arms
@@ -28,8 +29,18 @@ from fedistill.study.plan import Cell, Study
 
 Row = dict[str, Any]  # the columns of the table; None where a figure is missing
 WHOLES = ("seed", "images", "upload_bytes", "after_rounds")
-FLOATS = (*METRICS, "release_epsilon", "release_delta", "seconds", "seconds_experts", "seconds_distil", "cell_seconds")
-FIGURES = (*METRICS, "images", "upload_bytes", "after_rounds", *FLOATS[len(METRICS) :])
+VALIDATED = {f"val_{name}": f"{title} on validation" for name, title in METRICS.items()}
+FLOATS = (
+    *METRICS,
+    *VALIDATED,
+    "release_epsilon",
+    "release_delta",
+    "seconds",
+    "seconds_experts",
+    "seconds_distil",
+    "cell_seconds",
+)
+FIGURES = (*METRICS, *VALIDATED, "images", "upload_bytes", "after_rounds", *FLOATS[2 * len(METRICS) :])
 OTHERS = ("seed", "eval_model", "trained_on", "kind", *FIGURES, "status", "code", "reason")
 
 
@@ -77,6 +88,7 @@ def rows_of_run(config: Config, run: Path) -> list[Row]:
         for model, arms in models.items():
             for name, arm in arms_in_order(arms):
                 figures = {metric: arm[metric]["mean"] for metric in METRICS if metric in arm}
+                figures |= {f"val_{metric}": value for metric, value in arm["validation"].items()}
                 work = {"images": _whole(arm["images"]), "upload_bytes": _whole(arm["upload_bytes"])}
                 work["after_rounds"] = arm.get("rounds", 1 if name == "distilled" else None)
                 work |= {"seconds": arm["seconds"]} | (of_set if name == "distilled" else {})

@@ -9,9 +9,10 @@ from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.metrics import mean_std
 from fedistill.report.tables import METRICS, SHOWN, arm_name, arms_in_order, score, size
 from fedistill.study.plan import shown
-from fedistill.study.results import Row, usable
+from fedistill.study.results import VALIDATED, Row, usable
 
 NOTHING = "–"
+SCORES = METRICS | VALIDATED
 MOST = 7  # arms that a line has room for
 ONCE = "An arm that is the same in several cells stands with the first."
 
@@ -99,7 +100,7 @@ def arms_table(
             ]
             line = [arm_name(arm), *figures, str(len(seeds))]
             body.setdefault(tuple(line), [*_named(seeds[0], varied), *line])
-    return [*(varied or ["cell"]), "Trained on", METRICS[metric], "Upload", "n"], list(body.values())
+    return [*(varied or ["cell"]), "Trained on", SCORES[metric], "Upload", "n"], list(body.values())
 
 
 def _named(row: Row, varied: Sequence[str]) -> list[str]:
@@ -112,4 +113,4 @@ def spread(values: Sequence[float | None]) -> Mapping[str, Any]:
 
 
 def caption(metric: str, model: str) -> str:
-    return f"{METRICS[metric]} of a {model} trained on each; ± is the standard deviation over n seeds."
+    return f"{SCORES[metric]} of a {model} trained on each; ± is the standard deviation over n seeds."

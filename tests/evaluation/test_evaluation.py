@@ -22,6 +22,7 @@ from fedistill.evaluation.arms import (
     confusion_at,
     draw_as_many,
     evaluate_arms,
+    figures_of,
     global_models,
     random_real,
 )
@@ -94,6 +95,15 @@ def test_the_test_set_has_no_say_in_what_is_chosen(tiny: Dataset) -> None:
     assert one.learning_rate == two.learning_rate
     assert all(torch.equal(a, b) for a, b in zip(one.thetas, two.thetas, strict=True))
     assert one.scores != two.scores
+
+
+def test_figures_on_validation_stand_beside_those_on_test(tiny: Dataset) -> None:
+    config, task, material = settings(), task_of(tiny), of_split(tiny.train, task_of(tiny))
+    same = figures_of([select_and_test(config, task, "mlp", material, tiny.test, tiny.test)])
+    assert same["validation"] == {name: same[name]["mean"] for name in same["validation"]}
+    assert {"balanced_accuracy", "auc"} <= set(same["validation"])
+    other = figures_of([select_and_test(config, task, "mlp", material, tiny.val, tiny.test)])
+    assert other["validation"] != {name: other[name]["mean"] for name in other["validation"]}
 
 
 def test_a_learning_rate_that_diverges_is_not_chosen(tiny: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ def figures(value: float) -> dict[str, Any]:
         "upload_bytes": 100,
         "seconds": 2.0,
         "learning_rate": [0.01],
+        "validation": {"auc": value / 2},
     }
     return dict.fromkeys(names, spread) | more
 
@@ -66,6 +67,7 @@ def test_figures_are_means_over_seeds_with_their_deviation(tmp_path: Path) -> No
     assert arm["std_over"] == "seeds"
     assert arm["per_class_recall"]["b"] == {"mean": None, "std": None}
     assert arm["learning_rate"] == [0.01, 0.01]
+    assert arm["validation"] == {"auc": pytest.approx(0.35)}
     assert list(summary["cross_architecture"]) == ["mlp"]
     assert summary["federated"]["distilled"]["north"]["accuracy"] == 7 / 8
     assert summary["federated"]["distilled"]["north"]["images"] == 8

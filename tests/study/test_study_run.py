@@ -187,6 +187,8 @@ def test_a_real_study_trains_no_expert_twice(monkeypatch, capsys, tmp_path: Path
             assert [row["seed"] for row in mine] == [0, 1]
             mean = sum(row["balanced_accuracy"] for row in mine) / 2
             assert mean == pytest.approx(arms[arm]["balanced_accuracy"]["mean"], abs=1e-5)
+            judged = sum(row["val_balanced_accuracy"] for row in mine) / 2
+            assert judged == pytest.approx(arms[arm]["validation"]["balanced_accuracy"], abs=1e-5)
             assert mine[0]["upload_bytes"] == pytest.approx(arms[arm]["upload_bytes"], rel=0.1)
     assert all((row["seconds_experts"] or 0) > 0 for row in rows if row["trained_on"] == "distilled")
     assert {row["seconds_experts"] for row in rows if row["trained_on"] != "distilled"} == {None}
@@ -196,7 +198,8 @@ def test_a_real_study_trains_no_expert_twice(monkeypatch, capsys, tmp_path: Path
     assert [cell["state"] for cell in json.loads(text)["plan"]] == ["finished", "finished", "failed"]
     code, _, err = fedistill(monkeypatch, capsys, "show", out)
     assert code == 0
-    code, text, err = fedistill(monkeypatch, capsys, "show", out, "--markdown", "--metric", "auc")
+    code, text, err = fedistill(monkeypatch, capsys, "show", out, "--markdown", "--metric", "val_auc")
+    assert "AUC on validation of a" in text
     assert "| 500 | failed | failed | failed | failed | – | 0 |" in text
     code, text, err = fedistill(monkeypatch, capsys, "plot", out, "--x", "ipc", "--by", "trained_on", "--json")
     assert [Path(file).suffix for file in json.loads(text)["files"]] == [".svg", ".pdf", ".html"]
