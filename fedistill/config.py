@@ -255,7 +255,7 @@ class Config:
         """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""
         method = self.method
         if method == "auto":
-            method = recommended_method(self.ipc)
+            method = recommended_method(self.ipc, self.rounds)
             if self.privacy == "dp":  # of what can be private, only trajectory matching has a use for what others teach
                 method = "sketch" if self.rounds == 1 else "ptm"
         preset = PRESETS[self.preset] | (PRIVATE if self.privacy == "dp" else {})
@@ -311,9 +311,12 @@ PRIVATE = {"experts": 1, "expert_steps": 80}
 LIGHT = {"sketch": 5, "dm": 5, "cf": 5, "dc": 2, "dsa": 2}
 
 
-def recommended_method(ipc: int) -> str:
-    """The method that did best on validation (docs/benchmark.md): the same at every `ipc` that was tried."""
-    return "cf"
+def recommended_method(ipc: int, rounds: int = 1) -> str:
+    """The method that did best on validation over sites (docs/benchmark.md): the same at every `ipc` that was tried.
+
+    It has no use for what other sites teach in later rounds; the best that has is the next in the benchmark.
+    """
+    return "dm" if rounds == 1 else "cf"
 
 
 def listed(text: str) -> list[str]:

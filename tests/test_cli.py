@@ -117,7 +117,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(fedistill, tmp_path: Path)
 
 def test_an_error_in_a_worker_process_is_still_one_sentence(fedistill, tmp_path: Path) -> None:
     settings = ["workers=2" if a == "workers=1" else a for a in TINY]
-    code, _, err = fedistill("distill", "--out", tmp_path / "set", *settings, "--set", "expert_lr=1e30")
+    diverges = ("--method", "mtt", "--set", "expert_lr=1e30")
+    code, _, err = fedistill("distill", "--out", tmp_path / "set", *settings, *diverges)
     assert code == 2
     assert "An expert diverged" in err
 
@@ -217,7 +218,7 @@ def test_probe_then_fit_then_probe(fedistill, tmp_path: Path, monkeypatch: pytes
     for i, name in enumerate("abc"):
         rows.append(f"{name},whole,0,0,convnet,ok,300,0.9")
         rows += [
-            f"{name},{m},{n},0,convnet,ok,{2 * n},0.{5 + i}{s}" for n in (1, 9) for m, s in (("random", 1), ("cf", 9))
+            f"{name},{m},{n},0,convnet,ok,{2 * n},0.{5 + i}{s}" for n in (1, 9) for m, s in (("random", 1), ("dm", 9))
         ]
     (tmp_path / "results.csv").write_text("\n".join(rows))
     code, out, err = fedistill("probe", "--fit", tmp_path / "results.csv")

@@ -66,7 +66,7 @@ def test_keys_of_work_follow_what_matters() -> None:
 def test_auto_becomes_a_method_and_cheap_iterations_become_more() -> None:
     resolved = make_config({"preset": "quick"}).resolved()
     assert resolved.method == recommended_method(resolved.ipc) in METHODS
-    assert make_config({"rounds": 2}).resolved().method == recommended_method(1)
+    assert METHODS[make_config({"rounds": 2}).resolved().method].meets_others
     # of the methods that can be private only trajectory matching has a use for what other sites teach
     assert make_config({"rounds": 2, "privacy": "dp", "epsilon": 1.0}).resolved().method == "ptm"
     quick = PRESETS["quick"]["iterations"]

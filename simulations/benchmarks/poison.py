@@ -1,6 +1,6 @@
 """What a poisoned set costs, and what a robust merge saves: `python simulations/benchmarks/poison.py damage|alarms`.
 
-damage: real site sets (preset quick, default method, 10 images per class) of which one is replaced by what an attacker would send
+damage: real site sets (preset quick, method cf, 10 images per class) of which one is replaced by what an attacker would send
     and `check_set` lets pass; global models trained on all sets, on those of a robust merge by statistics alone and with
     validation images, and without the attacker. Small networks (width 16, 60 steps, three learning rates): compare, do not quote.
 alarms: how often honest sites are called suspect by the statistics, and flipped labels found, on random real images.
@@ -100,7 +100,13 @@ def _soft(labels: Tensor, classes: int, share: float) -> Tensor:
 
 
 def federation(name: str, root: Path, seed: int) -> tuple[Config, Dataset, list[Dataset]]:
-    settings = DATA[name] | {"data": str(root / str(DATA[name]["data"])), "seed": seed, "workers": 1, "preset": "quick"}
+    settings = DATA[name] | {
+        "data": str(root / str(DATA[name]["data"])),
+        "seed": seed,
+        "workers": 1,
+        "preset": "quick",
+        "method": "cf",
+    }
     config = make_config(settings).resolved()
     data = load_data(config)
     parts = partition(data, config)

@@ -45,7 +45,7 @@ def fitted(**more: object) -> Predictor:
         "errors": {"mean gain": {"a": 0.01, "b": 0.03}},
         "ranges": dict.fromkeys(FEATURES, (-1.0, 2.0)),
         "model": "convnet",
-        "methods": ("cf",),
+        "methods": ("dm",),
         "provenance": {"csv": "results.csv", "cells": {"a": 2, "b": 3}, "version": "0"},
     }
     return Predictor(**values | more)
@@ -165,7 +165,7 @@ def test_prediction_comes_from_the_stored_predictor(tiny: Dataset) -> None:
     assert budget.predicted is not None
     assert budget.predicted.mean == pytest.approx(budget.random.balanced_accuracy.mean + 0.1)
     assert budget.predicted.high - budget.predicted.low >= 0.06
-    assert budget.method == "cf"
+    assert budget.method == "dm"
     assert found.recommended_ipc == 1
     assert json.loads(json.dumps(found.to_dict()))["budgets"][0]["predicted"]["mean"] == budget.predicted.mean
     other = probe(settings(eval_models="mlp"), tiny, (1,))
@@ -178,7 +178,7 @@ def test_prediction_comes_from_the_stored_predictor(tiny: Dataset) -> None:
 def budget(ipc: int, random: float, predicted: float | None = None, *, std: float = 0.0, half: float = 0.01) -> Budget:
     measured = Measured(ipc, 0.01, Spread(random, std, 4), Spread(random, std, 4))
     expected = None if predicted is None else Prediction(predicted, predicted - half, predicted + half)
-    return Budget(ipc, ipc / 1000, measured, "cf", expected)
+    return Budget(ipc, ipc / 1000, measured, "dm", expected)
 
 
 def test_the_smallest_budget_that_is_as_good_is_recommended() -> None:

@@ -67,12 +67,12 @@ def test_keys_depend_on_what_is_computed_and_on_nothing_else(tmp_path: Path) -> 
     two = cells_of(study(tmp_path, "seeds = 4\n[settings]\nworkers = 2\n[grid]\nipc = [2, 1]\nsites = [2, 3]"))
     assert {cell.key for cell in one} <= {cell.key for cell in two}
     assert len({cell.key for cell in two}) == 4
-    written_out = study(tmp_path, "[settings]\nsites = 2\nmethod = 'cf'\niterations = 1250\n[grid]\nipc = [1]")
+    written_out = study(tmp_path, "[settings]\nsites = 2\nmethod = 'dm'\niterations = 1250\n[grid]\nipc = [1]")
     assert cells_of(written_out)[0].key == one[0].key  # as the preset says
 
 
 def test_cells_that_share_experts_follow_each_other_and_never_run_together(tmp_path: Path) -> None:
-    cells = cells_of(study(tmp_path, "seeds = 2\n[grid]\nipc = [1, 2]\nalpha = [0.1, 1.0]"))
+    cells = cells_of(study(tmp_path, "seeds = 2\n[settings]\nmethod = 'cf'\n[grid]\nipc = [1, 2]\nalpha = [0.1, 1.0]"))
     assert names(cells) == [f"ipc {i}, alpha {a}" for a in ("0.1", "1") for i in (1, 2)]
     assert next_cell(cells[1:], cells[:1]) == cells[2]
     assert next_cell(cells[1:2], cells[:1]) is None
