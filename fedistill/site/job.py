@@ -138,10 +138,9 @@ def advance(
     others = None if context is None else _of_others(context, site)
     if others is not None and method.meets_others:
         done, total = _meet(others, config, data, site, folders, round, until)
-        _spend(folders, spent, "experts", began)
         if done < total or time.monotonic() >= until:
+            _spend(folders, spent, "distill", began)  # these experts are of no use to other work
             return Progress("experts", done, total, seconds=spent)
-        began = time.monotonic()
     return _distil_slice(config, method, data, site, folders, spent, round, others, began, until)
 
 

@@ -73,8 +73,9 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int) 
 def _glance(rows: Sequence[Row], varied: Sequence[str], metric: str, model: str, *, cells: int) -> list[dict[str, str]]:
     """What was done, the ends of what was reached, what was promised, and what was sent."""
     ours: dict[str, list[Row]] = {}
+    main = main_arm(rows)
     for row in usable(rows):
-        if row["eval_model"] == model and row["trained_on"] == main_arm(rows):
+        if row["eval_model"] == model and row["trained_on"] == main:
             ours.setdefault(row["cell"], []).append(row)
     done, failed = len(ours), len({row["cell"] for row in rows if row["status"] == "failed"})
     seeds = max((len({row["seed"] for row in mine}) for mine in ours.values()), default=0)

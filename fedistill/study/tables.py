@@ -53,7 +53,7 @@ def cells_table(
     rows: Sequence[Row], varied: Sequence[str], metric: str, model: str
 ) -> tuple[list[str], list[list[str]]]:
     """Head and body: what each cell varies, `metric` of every arm as mean ± deviation over seeds, upload, number of seeds."""
-    arms = arms_of(rows)
+    arms, main = arms_of(rows), main_arm(rows)
     head = [*(varied or ["cell"]), *map(arm_name, arms), "Upload", "n"]
     by_cell: dict[str, list[Row]] = {}
     for row in rows:
@@ -66,7 +66,7 @@ def cells_table(
             body.append([*names, *(["failed"] * len(arms)), NOTHING, "0"])
             continue
         figures = [score(spread([row[metric] for row in mine if row["trained_on"] == arm])) for arm in arms]
-        sent = spread([row["upload_bytes"] for row in mine if row["trained_on"] == main_arm(rows)])
+        sent = spread([row["upload_bytes"] for row in mine if row["trained_on"] == main])
         body.append([*names, *figures, size(sent), str(len({row["seed"] for row in mine}))])
     return head, body
 
@@ -88,8 +88,9 @@ def arms_table(
         if row["eval_model"] == model:
             found.setdefault((row["cell"], row["trained_on"]), []).append(row)
     body: dict[tuple[str, ...], list[str]] = {}
+    arms = arms_of(rows)
     for cell in dict.fromkeys(row["cell"] for row in rows):
-        mine = [(arm, found[cell, arm]) for arm in arms_of(rows) if (cell, arm) in found]
+        mine = [(arm, found[cell, arm]) for arm in arms if (cell, arm) in found]
         if not mine:
             failed = next(row for row in rows if row["cell"] == cell)
             body[(cell,)] = [*_named(failed, varied), NOTHING, "failed", NOTHING, "0"]
