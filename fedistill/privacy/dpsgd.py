@@ -136,9 +136,9 @@ class PrivateSGD:
         operation = draw(self._operations, self._secret)
         chunks = index.split(CHUNK) if len(index) else (index,)
         for place, chunk in enumerate(chunks):
-            x = augment(normalise(self._train.images[chunk], self._task.modality).to(self._device), operation)
-            y = self._targets[chunk].to(self._device)
             if len(chunk):
+                x = augment(normalise(self._train.images[chunk], self._task.modality).to(self._device), operation)
+                y = self._targets[chunk].to(self._device)
                 each = per_image_loss(self._task.kind, self._net(x), y, self._weights)
                 with warnings.catch_warnings():  # of a hook that Opacus sets, where images need no gradient
                     warnings.filterwarnings("ignore", "Full backward hook is firing")

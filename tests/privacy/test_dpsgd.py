@@ -16,6 +16,7 @@ from fedistill.data.public import normalise
 from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import load_trajectory, steps_done
+from fedistill.models.augment import OPERATIONS
 from fedistill.models.loss import loss_of, targets_of
 from fedistill.privacy import dpsgd, noise
 from fedistill.privacy.accounting import Mechanism
@@ -116,6 +117,16 @@ def test_a_step_without_anybody_is_noise_of_the_right_size(monkeypatch: pytest.M
     sgd.step()
     second = sgd.theta() - before - moved * (0.5 * 1.7 * 0.3 / 20)
     assert float(torch.corrcoef(torch.stack([moved, second]))[0, 1].abs()) < 0.2
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "none"])
+def test_a_step_without_anybody_augments_nobody(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a site of 18 images one step in fifty draws nobody, and some operations cannot be done on no image."""
+    drawn(monkeypatch, [])
+    sgd = started(labelled(), gaussian(noise=1.0), settings(augment=operation))
+    before = sgd.theta()
+    sgd.step()
+    assert norm(sgd.theta() - before) > 0
 
 
 def test_noise_is_added_once_however_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
