@@ -10,7 +10,7 @@ from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
 from fedistill.experts.train import architectures_of
 from fedistill.matching.problem import horizon
-from fedistill.methods.registry import method_of
+from fedistill.methods.registry import METHODS, method_of
 from fedistill.site.describe import task_of
 from fedistill.site.policy import Choice, Policy
 
@@ -28,10 +28,10 @@ def free(work: Path) -> int:
 
 
 def needed(policy: Policy, data: Dataset) -> int:
-    """About how many bytes one job takes, of those methods that the policy names, with the usual settings: its experts' ways."""
+    """About how many bytes one job takes, of those methods that the policy allows, with the usual settings: its experts' ways."""
     allowed = policy.jobs.get("method")
     largest = 0
-    for method in allowed.values if isinstance(allowed, Choice) else ("auto",):
+    for method in allowed.values if isinstance(allowed, Choice) else METHODS:
         config = make_config({"method": method}).resolved()
         found = method_of(config)
         if not found.experts:
