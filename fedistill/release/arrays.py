@@ -20,15 +20,11 @@ def arrays_of(made: SyntheticSet) -> dict[str, NDArray[Any]]:
     at least one half.
     {train,val,test}_site, site_names, class_names, modality: as our own reader of such files knows them.
     """
-    pixels = (made.pixels * 255).round().byte().movedim(1, -1).contiguous().numpy()
+    pixels = made.in_bytes.movedim(1, -1).contiguous().numpy()
     if pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
-    small = np.uint8 if len(made.class_names) <= 256 else np.uint16
-    labels: NDArray[Any]
-    if made.kind == "multilabel":
-        labels = (made.labels >= 0.5).numpy().astype(np.uint8)
-    else:
-        labels = made.hard_labels.numpy().astype(small)[:, None]
+    small = np.uint8 if made.kind == "multilabel" or len(made.class_names) <= 256 else np.uint16
+    labels = made.labels_of_data.reshape(len(made), -1).numpy().astype(small)
     site = made.site.numpy().astype(np.uint16)[:, None]
     arrays: dict[str, NDArray[Any]] = {}
     for split, kept in (("train", slice(None)), ("val", slice(0)), ("test", slice(0))):

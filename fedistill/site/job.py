@@ -154,9 +154,9 @@ def _meet(
     others: SyntheticSet, config: Config, data: Dataset, site: str, folders: _Folders, round: int, until: float
 ) -> tuple[int, int]:
     """Train the experts of a later round on the site's images and on those that the other sites made. As `train_experts`."""
-    made = (others.labels > 0.5).long() if data.kind == "multilabel" else others.hard_labels
-    images = torch.cat([data.train.images, (255 * others.pixels).round().to(torch.uint8)])
-    train = Split(images, torch.cat([data.train.labels, made]), torch.zeros(len(images), dtype=torch.int64))
+    images = torch.cat([data.train.images, others.in_bytes])
+    labels = torch.cat([data.train.labels, others.labels_of_data])
+    train = Split(images, labels, torch.zeros(len(images), dtype=torch.int64))
     word = f"{site} in round {round}"
     return train_experts(
         config, task_of(data), train, folders.met(round), site=word, checkpoints=folders.checkpoints, until=until

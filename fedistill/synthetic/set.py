@@ -66,6 +66,17 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
         """The images as float32 in 0..1, for people to look at."""
         return (self.images * self.std + self.mean).clamp(0, 1)
 
+    @property
+    def in_bytes(self) -> Tensor:
+        """The images as uint8; what lies outside of 0..255 under the public normalisation is clipped."""
+        return (self.pixels * 255).round().byte()
+
+    @property
+    def labels_of_data(self) -> Tensor:
+        """Labels in the form that those of a data set have: the most likely class `(m,)`, or 1 for findings of at least one half
+        `(m, K)`, int64."""
+        return (self.labels >= 0.5).long() if self.kind == "multilabel" else self.hard_labels
+
     def of_site(self, name: str) -> Tensor:
         """Positions of the images that site `name` made."""
         return torch.nonzero(self.site == self.sites.index(name)).flatten()
