@@ -117,8 +117,8 @@ def show(
 ) -> None:
     """Table of what the cells reached: mean and deviation over seeds."""
     from fedistill.bench.tables import markdown_table
-    from fedistill.study.results import read_folder
-    from fedistill.study.tables import ONCE, SCORES, caption, cells_table, chosen, headline, table
+    from fedistill.study.results import SCORES, read_folder
+    from fedistill.study.tables import ONCE, caption, cells_table, chosen, headline, table
 
     about, rows = read_folder(_folder(out))
     if metric is not None and metric not in SCORES:

@@ -205,24 +205,23 @@ def figures_of(runs: Sequence[Result]) -> dict[str, Any]:
 
     "validation" holds the means on validation images, for choices between runs: what is chosen on test is not tested.
     """
-    nets = range(len(runs[0].scores))
     names = [name for name in runs[0].scores[0] if name != "per_class_recall"]
-    figures: dict[str, Any] = {}
-    for name in names:
-        over_sites = [mean_std([run.scores[n][name] for run in runs])["mean"] for n in nets]
-        figures[name] = mean_std(over_sites)
-    figures["validation"] = {
-        name: mean_std([mean_std([run.val_scores[n][name] for run in runs])["mean"] for n in nets])["mean"]
-        for name in names
-    }
     classes = range(len(runs[0].scores[0]["per_class_recall"]))
+    figures: dict[str, Any] = {name: _over_sites([[s[name] for s in run.scores] for run in runs]) for name in names}
+    figures["validation"] = {
+        name: _over_sites([[s[name] for s in run.val_scores] for run in runs])["mean"] for name in names
+    }
     figures["per_class_recall"] = [
-        mean_std([mean_std([run.scores[n]["per_class_recall"][c] for run in runs])["mean"] for n in nets])
-        for c in classes
+        _over_sites([[s["per_class_recall"][c] for s in run.scores] for run in runs]) for c in classes
     ]
     figures["learning_rate"] = [run.learning_rate for run in runs]
     figures["seconds"] = sum(run.seconds for run in runs)
     return figures
+
+
+def _over_sites(sites: Sequence[Sequence[float | None]]) -> dict[str, Any]:
+    """Mean and deviation over networks of the mean over sites. sites: a figure of each network of each site."""
+    return mean_std([mean_std(list(network))["mean"] for network in zip(*sites, strict=True)])
 
 
 def figures_beside(result: Result, *, images: int | None, upload: int, rounds: int) -> dict[str, Any]:

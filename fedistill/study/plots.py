@@ -16,8 +16,8 @@ from fedistill.files import write_bytes
 from fedistill.report.curves import PALETTE
 from fedistill.report.tables import arm_name, without_rounds
 from fedistill.study.plan import shown
-from fedistill.study.results import FIGURES, Row, usable
-from fedistill.study.tables import SCORES, main_arm, models_of, spread
+from fedistill.study.results import FIGURES, SCORES, Row, usable
+from fedistill.study.tables import is_union, main_arm, models_of, spread
 
 TITLES = SCORES | {
     "images": "Images trained on",
@@ -113,13 +113,14 @@ def lines_of(rows: Sequence[Row], axes: Axes) -> list[Line]:
         points.setdefault(row[axes.x], []).append(row[axes.y])
     if FAMILY not in axes.by:
         return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
-    family = axes.by.index(FAMILY)
-    once = {(key[family], repr(points)): key for key, points in reversed(found.items())}
-    alike = Counter(name for name, _ in once)
+    place = axes.by.index(FAMILY)
+    once: dict[Any, tuple[Any, ...]] = {}
+    for key, points in found.items():
+        once.setdefault((key[place], key if is_union(key[place]) else repr(points)), key)
+    alike = Counter(key[place] for key in once.values())
     return [
-        Line(name=arm_name(key[family]) if alike[key[family]] == 1 else _name(axes.by, key), points=points)
-        for key, points in found.items()
-        if once[key[family], repr(points)] == key
+        Line(name=arm_name(key[place]) if alike[key[place]] == 1 else _name(axes.by, key), points=found[key])
+        for key in once.values()
     ]
 
 
@@ -199,7 +200,7 @@ def draw(lines: Sequence[Line], axes: Axes, title: str) -> Any:
         panel.set_xticks([], minor=True)
     panel.set_xlabel(TITLES.get(axes.x, axes.x))
     panel.set_ylabel(_measured(axes))
-    figure.suptitle(textwrap.fill(title, 70 if below or axes.by else 50), fontsize="medium")
+    figure.suptitle(textwrap.fill(title, 70 if axes.by else 50), fontsize="medium")
     panel.grid(alpha=0.25)
     if len(drawn) > 1 or axes.by:
         place: dict[str, Any] = (

@@ -29,18 +29,10 @@ from fedistill.study.plan import Cell, Study
 
 Row = dict[str, Any]  # the columns of the table; None where a figure is missing
 WHOLES = ("seed", "images", "upload_bytes", "after_rounds")
-VALIDATED = {f"val_{name}": f"{title} on validation" for name, title in METRICS.items()}
-FLOATS = (
-    *METRICS,
-    *VALIDATED,
-    "release_epsilon",
-    "release_delta",
-    "seconds",
-    "seconds_experts",
-    "seconds_distil",
-    "cell_seconds",
-)
-FIGURES = (*METRICS, *VALIDATED, "images", "upload_bytes", "after_rounds", *FLOATS[2 * len(METRICS) :])
+SCORES = METRICS | {f"val_{name}": f"{title} on validation" for name, title in METRICS.items()}  # and their titles
+COSTS = ("release_epsilon", "release_delta", "seconds", "seconds_experts", "seconds_distil", "cell_seconds")
+FLOATS = (*SCORES, *COSTS)
+FIGURES = (*SCORES, "images", "upload_bytes", "after_rounds", *COSTS)
 OTHERS = ("seed", "eval_model", "trained_on", "kind", *FIGURES, "status", "code", "reason")
 
 

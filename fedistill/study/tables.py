@@ -7,12 +7,11 @@ from typing import Any
 
 from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.metrics import mean_std
-from fedistill.report.tables import METRICS, SHOWN, arm_name, arms_in_order, score, size
+from fedistill.report.tables import SHOWN, arm_name, arms_in_order, score, size, without_rounds
 from fedistill.study.plan import shown
-from fedistill.study.results import VALIDATED, Row, usable
+from fedistill.study.results import SCORES, Row, usable
 
 NOTHING = "–"
-SCORES = METRICS | VALIDATED
 MOST = 7  # arms that a line has room for
 ONCE = "An arm that is the same in several cells stands with the first."
 
@@ -55,19 +54,15 @@ def cells_table(
     """Head and body: what each cell varies, `metric` of every arm as mean ± deviation over seeds, upload, number of seeds."""
     arms, main = arms_of(rows), main_arm(rows)
     head = [*(varied or ["cell"]), *map(arm_name, arms), "Upload", "n"]
-    by_cell: dict[str, list[Row]] = {}
-    for row in rows:
-        by_cell.setdefault(row["cell"], []).append(row)
     body = []
-    for mine in by_cell.values():
-        names = _named(mine[0], varied)
-        mine = [row for row in usable(mine) if row["eval_model"] == model]
-        if not mine:
+    for mine in _by_cell(rows).values():
+        names, judged = _named(mine[0], varied), _judged(mine, model)
+        if not judged:
             body.append([*names, *(["failed"] * len(arms)), NOTHING, "0"])
             continue
-        figures = [score(spread([row[metric] for row in mine if row["trained_on"] == arm])) for arm in arms]
-        sent = spread([row["upload_bytes"] for row in mine if row["trained_on"] == main])
-        body.append([*names, *figures, size(sent), str(len({row["seed"] for row in mine}))])
+        figures = [score(spread([row[metric] for row in judged if row["trained_on"] == arm])) for arm in arms]
+        sent = spread([row["upload_bytes"] for row in judged if row["trained_on"] == main])
+        body.append([*names, *figures, size(sent), str(len({row["seed"] for row in judged}))])
     return head, body
 
 
@@ -83,25 +78,35 @@ def arms_table(
 
     An arm that is the same in several cells, as those on real images are, stands with the first (`ONCE`).
     """
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in usable(rows):
-        if row["eval_model"] == model:
-            found.setdefault((row["cell"], row["trained_on"]), []).append(row)
-    body: dict[tuple[str, ...], list[str]] = {}
     arms = arms_of(rows)
-    for cell in dict.fromkeys(row["cell"] for row in rows):
-        mine = [(arm, found[cell, arm]) for arm in arms if (cell, arm) in found]
-        if not mine:
-            failed = next(row for row in rows if row["cell"] == cell)
-            body[(cell,)] = [*_named(failed, varied), NOTHING, "failed", NOTHING, "0"]
-        for arm, seeds in mine:
-            figures = [
-                score(spread([row[metric] for row in seeds])),
-                size(spread([row["upload_bytes"] for row in seeds])),
-            ]
-            line = [arm_name(arm), *figures, str(len(seeds))]
-            body.setdefault(tuple(line), [*_named(seeds[0], varied), *line])
+    body: dict[Any, list[str]] = {}
+    for cell, mine in _by_cell(rows).items():
+        names, judged = _named(mine[0], varied), _judged(mine, model)
+        if not judged:
+            body[cell] = [*names, NOTHING, "failed", NOTHING, "0"]
+        for arm in arms:
+            found = [(row[metric], row["upload_bytes"]) for row in judged if row["trained_on"] == arm]
+            if found:
+                scores, sent = zip(*found, strict=True)
+                line = [*names, arm_name(arm), score(spread(scores)), size(spread(sent)), str(len(found))]
+                body.setdefault((arm, cell if is_union(arm) else tuple(found)), line)
     return [*(varied or ["cell"]), "Trained on", SCORES[metric], "Upload", "n"], list(body.values())
+
+
+def is_union(arm: str) -> bool:
+    """Whether an arm is the union of the cell's own sets, after any round: then it is the cell's alone, whatever it reached."""
+    return without_rounds(arm)[0] == "distilled"
+
+
+def _by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["cell"], []).append(row)
+    return found
+
+
+def _judged(rows: Sequence[Row], model: str) -> list[Row]:
+    return [row for row in usable(rows) if row["eval_model"] == model]
 
 
 def _named(row: Row, varied: Sequence[str]) -> list[str]:

@@ -112,6 +112,8 @@ def test_of_many_arms_each_has_a_line_and_what_cells_share_stands_once() -> None
     assert body[0] == ["1", "Distilled union, 1 round", ".505 ± .007", "0 B", "2"]
     assert [line[:2] for line in body[len(arms) :]] == [["2", "Distilled union"], ["3", "–"]]
     assert body[-1][2] == "failed"
+    alike = [several("dddd", "distilled", seed, 0.5 + 0.01 * seed, 1000) for seed in (0, 1)]  # as in cell a, by chance
+    assert table(rows + alike, ["n"], "auc", "mlp")[1] == [*body, ["4", *body[1][1:]]]
     few = [row for row in rows if row["trained_on"] in arms[:3]]
     assert table(few, ["n"], "auc", "mlp") == cells_table(few, ["n"], "auc", "mlp")
 
