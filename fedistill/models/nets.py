@@ -12,6 +12,22 @@ from torch.nn import functional as F
 from fedistill.errors import FedistillError, unknown
 
 
+class Halve(nn.Module):
+    """Average pooling 2x2 (2x2x2 of volumes), a last odd row left out, as `F.avg_pool2d(x, 2)`.
+
+    Sums of neighbours: on a CPU torch's own pooling, forth and back, takes a fifth of a ConvNet's training step more.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # where one kernel beats several
+            return F.avg_pool3d(x, 2) if x.dim() == 5 else F.avg_pool2d(x, 2)
+        axes = range(2, x.dim())
+        for i in axes:
+            even, odd = x.narrow(i, 0, x.shape[i] // 2 * 2).unflatten(i, (-1, 2)).unbind(i + 1)
+            x = even + odd
+        return x / 2 ** len(axes)
+
+
 class ConvNet(nn.Module):
     """Blocks of 3x3 convolution, GroupNorm(C, C), ReLU and 2x2 average pooling, then one linear layer.
 
@@ -20,13 +36,13 @@ class ConvNet(nn.Module):
 
     def __init__(self, channels: int, classes: int, size: tuple[int, ...], *, width: int, depth: int) -> None:
         super().__init__()
-        convolution, pooling = (nn.Conv3d, nn.AvgPool3d) if len(size) == 3 else (nn.Conv2d, nn.AvgPool2d)
+        convolution = nn.Conv3d if len(size) == 3 else nn.Conv2d
         self.blocks = nn.Sequential()
         for i in range(depth):
             self.blocks.append(convolution(channels if i == 0 else width, width, 3, padding=1))
             self.blocks.append(nn.GroupNorm(width, width))
             self.blocks.append(nn.ReLU())
-            self.blocks.append(pooling(2))
+            self.blocks.append(Halve())
         with torch.no_grad():
             features = self.blocks(torch.zeros(1, channels, *size)).numel()
         self.classifier = nn.Linear(features, classes)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fedistill.errors import FedistillError
 from fedistill.models.augment import OPERATIONS, Draw, augment, draw, parse_operations
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import groups_of
-from fedistill.models.nets import MODELS, build
+from fedistill.models.nets import MODELS, Halve, build
 from fedistill.seeding import generator
 
 
@@ -48,6 +49,18 @@ def test_networks_that_do_not_fit_volumes() -> None:
         build("resnet18", (1, 28, 28, 28), 2)
     with pytest.raises(FedistillError, match="depth=3 halves images of 6 pixels to nothing"):
         build("convnet", (1, 6, 28, 28), 2, depth=3)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 3, 7, 9), (2, 3, 7, 8, 5)])
+def test_pooling_is_that_of_torch_to_the_second_derivative(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    theirs = F.avg_pool2d if len(shape) == 4 else F.avg_pool3d
+    torch.testing.assert_close(Halve()(x), theirs(x, 2))
+    curved = [
+        torch.autograd.grad(pool(x).pow(3).sum(), x, create_graph=True)[0] for pool in (Halve(), lambda x: theirs(x, 2))
+    ]
+    torch.testing.assert_close(*curved)
+    torch.testing.assert_close(*(torch.autograd.grad(first.pow(2).sum(), x)[0] for first in curved))
 
 
 def test_unknown_model() -> None:
