@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, FedProx
 from localgrid import LocalGrid, real_site, serve
 
 from client.app import app as client_app
@@ -19,9 +21,11 @@ from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
 from fedistill.evaluation.average import fedavg
-from fedistill.files import read_json
+from fedistill.files import read_json, read_tensors
 from fedistill.report.tables import guarantee
+from fedistill.seeding import generator
 from fedistill.site.average import name_of
+from fedistill.site.describe import task_of
 from server import collect
 from server.replies import read_local
 
@@ -118,6 +122,46 @@ def test_private_networks_that_sites_train_alone_are_arms_too(tmp_path: Path) ->
     assert set(read_json(tmp_path / "run/seed-0/arms.json")["mlp"]) >= {"dp-ensemble", "dp-one-shot"}
     assert "Private ensemble of local networks" in (tmp_path / "run/results.md").read_text()
     assert "the networks that sites trained alone" in guarantee(read_json(tmp_path / "run/summary.json"))
+
+
+class FlowersGrid(LocalGrid):
+    """A grid for Flower's own strategies: their messages, under the names of this app, and its answers, under theirs."""
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        asked = []
+        for message in messages:
+            content = message.content
+            content["job"] = ConfigRecord({**content["job"], "round": content["job"]["server-round"]})
+            asked.append(Message(content, dst_node_id=message.metadata.dst_node_id, message_type="train.fedavg"))
+        waiting, replies = set(self.push_messages(asked)), []
+        while len(replies) < len(waiting):
+            replies += self.pull_messages(waiting)
+        for reply in replies:
+            records = int(reply.content["reply"]["json"])
+            reply.content = RecordDict(
+                {"models": reply.content["models"], "m": MetricRecord({"num-examples": records})}
+            )
+        return replies
+
+
+@pytest.mark.parametrize("arm", ["fedavg", "fedprox"])
+def test_the_arm_ends_where_flowers_own_strategy_does(tmp_path: Path, arm: str) -> None:
+    """Sites of unequal size, three rounds of FedAvg and FedProx as Flower has them, and of the same app's own."""
+    more = {"partition": "quantity", "fl_rounds": 3, "fl_lr": 0.1, "fl_mu": 2.0, "compare": "fedprox"}
+    run(tmp_path / "run", **more)
+    files = sorted((tmp_path / "run/seed-0/compare/mlp" / arm).rglob("round-*.safetensors"))
+    assert [file.name for file in files] == [f"round-{i}.safetensors" for i in (1, 2, 3)]
+    name, mine = files[0].parent.name, read_tensors(files[2])[0]["theta"]
+
+    config = dataclasses.replace(TINY, out=str(tmp_path / "theirs"), work=str(tmp_path / "work"), **more)
+    grid = FlowersGrid(client_app, [{"partition-id": i} for i in range(3)])
+    keys = {"arrayrecord_key": "models", "configrecord_key": "job", "fraction_evaluate": 0.0}
+    strategy = FedAvg(**keys) if arm == "fedavg" else FedProx(**keys, proximal_mu=config.fl_mu)
+    start = task_of(load_data(config)).network("mlp", config).initial(generator(config.seed, "global", "mlp"))
+    job = collect.job(config, run="theirs")["job"]
+    theirs = strategy.start(grid, ArrayRecord({name: Array(start.numpy())}), num_rounds=3, train_config=job).arrays
+    torch.testing.assert_close(mine, torch.from_numpy(theirs[name].numpy()))
+    assert not torch.allclose(mine, start)
 
 
 def test_finished_rounds_are_not_asked_for_again(finished: Path, tmp_path: Path) -> None:
