@@ -30,11 +30,12 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Work with one thread, and leave the caller's process as it was.
+    """Train with one thread, and leave the caller the threads it had; the process keeps the memory that it frees.
 
     Small networks gain little from a second thread, lose much when other processes want the core, and their bits
     depend on the number of threads.
     """
+    keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -24,7 +24,6 @@ from fedistill.evaluation.ensemble import ensemble
 from fedistill.evaluation.fit import Material, Result, of_split, select_and_test
 from fedistill.evaluation.metrics import NAMES, mean_std
 from fedistill.files import write_bytes
-from fedistill.memory import keep_freed_memory
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget, check_settings
 from fedistill.site.job import Progress, advance, expert_paths, has_experts, versions
@@ -78,7 +77,6 @@ def failure(error: BaseException) -> Record:
 
 
 def _attempt(work: Callable[[], Record]) -> Record:
-    keep_freed_memory()
     try:
         return {"status": "ok", "code": "", "reason": ""} | work()
     except Exception as error:  # one bad cell must not stop the others

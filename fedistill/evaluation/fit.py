@@ -19,7 +19,7 @@ from fedistill.data.dataset import Split
 from fedistill.data.public import normalise
 from fedistill.evaluation.metrics import merit, score
 from fedistill.experts.train import Task
-from fedistill.memory import keep_freed_memory, one_thread
+from fedistill.memory import one_thread
 from fedistill.models.augment import augment, draw
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import answers_of, class_weights, loss_of, targets_of
@@ -155,6 +155,5 @@ def fit_all(
 def _fit_one(
     config: Config, task: Task, model: str, images: np.ndarray, labels: np.ndarray, lr: float, seed: int
 ) -> np.ndarray:
-    keep_freed_memory()
     material = Material(torch.from_numpy(np.array(images)), torch.from_numpy(np.array(labels)))
     return fit(config, task, model, material, lr=lr, seed=seed).numpy()

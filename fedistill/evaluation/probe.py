@@ -25,7 +25,7 @@ from fedistill.evaluation.metrics import Spread, noise, score, spread_of
 from fedistill.evaluation.predictor import Cell, Prediction, Predictor, load_predictor, unseen
 from fedistill.evaluation.predictor import predict as predict_distilled
 from fedistill.experts.train import Task
-from fedistill.memory import keep_freed_memory, one_thread
+from fedistill.memory import one_thread
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 
@@ -289,7 +289,6 @@ def _train_and_score(
     config: Config, task: Task, model: str, material: Split, val: Split, rate: float, seed: int
 ) -> tuple[float, float]:
     """(balanced accuracy, AUC) of one fresh network."""
-    keep_freed_memory()
     theta = fit(config, task, model, of_split(material, task), lr=rate, seed=config.seed + 1000 * seed)
     figures = score(predict(task.network(model, config), theta, val.images, task), val.labels, task.kind)
     return figures["balanced_accuracy"], figures["auc"]

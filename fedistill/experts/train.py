@@ -17,7 +17,7 @@ from fedistill.data.public import augmentations, normalise
 from fedistill.errors import FedistillError
 from fedistill.experts import trajectory
 from fedistill.files import read_about, read_tensors, write_tensors
-from fedistill.memory import keep_freed_memory, one_thread
+from fedistill.memory import one_thread
 from fedistill.models.augment import augment, draw, parse_operations
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import class_weights, loss_of, targets_of
@@ -113,7 +113,6 @@ def sgd(
 def _train_one(
     config: Config, task: Task, train: Split, folder: Path, site: str, expert: int, goal: int, until: float
 ) -> None:
-    keep_freed_memory()
     names = architectures_of(config)
     net, device = task.network(names[expert % len(names)], config), device_of(config.device)
     rng = generator(config.seed, "expert", site, expert)

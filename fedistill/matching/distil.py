@@ -9,7 +9,7 @@ import torch
 from fedistill.errors import FedistillError
 from fedistill.matching.problem import Matching
 from fedistill.matching.state import State
-from fedistill.memory import keep_freed_memory
+from fedistill.memory import one_thread
 from fedistill.models.loss import groups_of
 from fedistill.seeding import generator
 
@@ -47,9 +47,9 @@ def start(matching: Matching, site: str) -> State:
     return state
 
 
+@one_thread()
 def distil(matching: Matching, state: State, *, until: float) -> None:
     """Iterate in place up to the iterations of the configuration, or until the clock (`time.monotonic`) says `until`."""
-    keep_freed_memory()
     step = matching.method.step
     while step is not None and state.iteration < matching.goal:
         step(matching, state)

@@ -25,7 +25,7 @@ from fedistill.errors import FedistillError
 from fedistill.experts import trajectory
 from fedistill.experts.train import Task, architectures_of, expert_file, steps_done
 from fedistill.files import read_tensors, write_tensors
-from fedistill.memory import keep_freed_memory, one_thread
+from fedistill.memory import one_thread
 from fedistill.models.augment import augment, draw
 from fedistill.models.flat import device_of
 from fedistill.models.loss import targets_of
@@ -70,7 +70,6 @@ def _train_one(
     weights: Tensor,
     until: float,
 ) -> None:
-    keep_freed_memory()
     names, device = architectures_of(config), device_of(config.device)
     name = names[expert % len(names)]
     file = expert_file(folder, expert)

@@ -22,7 +22,7 @@ from fedistill.errors import FedistillError
 from fedistill.evaluation.fit import fit, of_split
 from fedistill.experts.train import Task, sgd
 from fedistill.files import read_tensors, write_tensors
-from fedistill.memory import keep_freed_memory, one_thread
+from fedistill.memory import one_thread
 from fedistill.models.flat import device_of
 from fedistill.privacy.dpsgd import PrivateSGD
 from fedistill.privacy.learn import pay, private_weights, store_plan
@@ -70,7 +70,6 @@ def train_round(
     *Formal guarantee* of privacy=dp: the answers to all rounds together have the epsilon of `plan_of_steps`, whatever
     parameters are sent. The number of records is declared public.
     """
-    keep_freed_memory()
     if not 1 <= round <= config.fl_rounds:
         raise FedistillError("no-round", f"There is no round {round}: fl_rounds={config.fl_rounds}.")
     task = task_of(data)
@@ -100,7 +99,6 @@ def train_alone(
 
     In private work one network of `config.expert_steps` steps, under the same guarantee as a round of averaging.
     """
-    keep_freed_memory()
     task = task_of(data)
     if config.privacy == "dp":
         start = {}
