@@ -26,7 +26,7 @@ Init = Annotated[
 ]
 Iterations = Annotated[int | None, typer.Option(help="Outer iterations of distillation.")]
 Experts = Annotated[int | None, typer.Option(help="Expert networks per site.")]
-Width = Annotated[int | None, typer.Option(help="Channels of the ConvNet: 32, 64 or 128.")]
+Width = Annotated[int | None, typer.Option(help="Channels of the ConvNet, such as 16, 32 or 128.")]
 Seed = Annotated[int | None, typer.Option(help="Seed: the same seed gives the same result on the same machine.")]
 Work = Annotated[str | None, typer.Option(help="Folder of the sites' work; runs that share it share experts.")]
 Sets = Annotated[
