@@ -30,6 +30,7 @@ from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json, write_tensors
 from fedistill.matching.problem import budget_of
+from fedistill.methods.registry import method_of
 from fedistill.release.claim import check_promise
 from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
@@ -301,11 +302,12 @@ def _distil(
     finished: dict[str, SyntheticSet],
 ) -> dict[int, Failure]:
     """One round: slices until every site is ready; adds the sets to `finished` and to the run folder."""
-    phases = dict.fromkeys((nodes[node] for node in first), "experts")
+    opening = "experts" if method_of(run.config).prepares else "distill"
+    phases = dict.fromkeys((nodes[node] for node in first), opening)
     # where counts are private, each class may have its whole budget
     counts = {name: about["counts"] or [run.config.ipc] * task.classes for name, about in run.sites().items()}
     for site in phases:
-        run.note(site, "experts", "start")
+        run.note(site, opening, "start")
 
     def receive(node: int, content: RecordDict) -> RecordDict | None:
         site, value = nodes[node], read_reply(content)

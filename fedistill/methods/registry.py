@@ -56,6 +56,11 @@ class Method:
     def learns_labels(self) -> bool:
         return self.soft_labels and self.schedule is not None
 
+    @property
+    def prepares(self) -> bool:
+        """Whether a site has work to do (the phase "experts") before it distils."""
+        return self.experts or self.sketch
+
 
 _matching = partial(Method, step=trajectory.iterate, begin=trajectory.calibrate)
 _reading = partial(Method, sees_images=True)

@@ -107,8 +107,7 @@ def advance(
     if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
         check_budget(config, data)
     began, until = time.monotonic(), time.monotonic() + seconds
-    prepares = method.experts or method.sketch
-    phases = PHASES if prepares else PHASES[1:]  # others may have trained experts here
+    phases = PHASES if method.prepares else PHASES[1:]  # others may have trained experts here
     spent = {phase: read_json(file) for phase in phases if (file := folders.seconds(phase)).exists()}
     if not folders.facts.exists():
         task, checkpoints, done, total = task_of(data), folders.checkpoints, 0, 0
@@ -129,7 +128,7 @@ def advance(
             )
         if done == total:
             write_json(folders.facts, _facts(config, data, folders))
-        if prepares:
+        if method.prepares:
             _spend(folders, spent, "experts", began)
         if done < total or time.monotonic() >= until:
             eta = spent.get("experts", 0.0) * (total - done) / max(done, 1)
