@@ -307,8 +307,8 @@ PRESETS: dict[str, dict[str, int]] = {
 # Every step and every expert of private training costs noise: few of them, whatever the preset.
 PRIVATE = {"experts": 1, "expert_steps": 80}
 
-# Iterations of these methods for one of trajectory matching: they cost that much less, so a preset asks for more of them. Twice as many
-# of `dm`, which saves the experts (docs/benchmark.md, "Over sites").
+# Iterations of these methods for one of trajectory matching: they cost that much less, so a preset asks for more of them.
+# Twice as many of `dm`, which saves the experts (docs/benchmark.md, "Over sites").
 LIGHT = {"sketch": 5, "dm": 10, "cf": 5, "dc": 2, "dsa": 2}
 
 
