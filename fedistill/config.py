@@ -261,7 +261,7 @@ class Config:
         preset = PRESETS[self.preset] | (PRIVATE if self.privacy == "dp" else {})
         filled = {k: v for k, v in preset.items() if getattr(self, k) == 0}
         if "iterations" in filled:
-            filled["iterations"] *= LIGHT.get(method, 1)
+            filled["iterations"] *= lightness(method, self.ipc)
         return Config(**(self.to_dict() | filled | {"method": method}))
 
     def window_share(self) -> float:
@@ -308,8 +308,15 @@ PRESETS: dict[str, dict[str, int]] = {
 PRIVATE = {"experts": 1, "expert_steps": 80}
 
 # Iterations of these methods for one of trajectory matching: they cost that much less, so a preset asks for more of them.
-# Twice as many of `dm`, which saves the experts (docs/benchmark.md, "Over sites").
-LIGHT = {"sketch": 5, "dm": 10, "cf": 5, "dc": 2, "dsa": 2}
+LIGHT = {"sketch": 5, "dm": 5, "cf": 5, "dc": 2, "dsa": 2}
+
+
+def lightness(method: str, ipc: int) -> int:
+    """What a preset's iterations are multiplied by: `LIGHT`, and twice that for more than two images per class by `dm`.
+
+    It saves the experts, and has a use for more iterations there, on validation (docs/benchmark.md, "Over sites").
+    """
+    return LIGHT.get(method, 1) * (2 if method == "dm" and ipc > 2 else 1)
 
 
 def recommended_method(ipc: int, rounds: int = 1) -> str:

@@ -72,5 +72,8 @@ def test_auto_becomes_a_method_and_cheap_iterations_become_more() -> None:
     quick = PRESETS["quick"]["iterations"]
     assert make_config({"preset": "quick", "method": "ptm"}).resolved().iterations == quick
     assert make_config({"preset": "quick", "method": "cf"}).resolved().iterations == LIGHT["cf"] * quick
+    assert [
+        make_config({"preset": "quick", "method": "dm", "ipc": n}).resolved().iterations // quick for n in (2, 3)
+    ] == [5, 10]
     assert make_config({"preset": "quick", "method": "cf", "iterations": 7}).resolved().iterations == 7
     assert set(LIGHT) == {name for name, m in METHODS.items() if m.step is not None and (m.sees_images or m.sketch)}

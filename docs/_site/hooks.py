@@ -199,7 +199,13 @@ def presets() -> str:
     light = ", ".join(f"`{name}` {factor}" for name, factor in LIGHT.items())
     head = ["| key | " + " | ".join(PRESETS) + " | with `privacy=dp` |", "|---|" + "---:|" * (len(PRESETS) + 1)]
     return "\n".join(
-        [*head, *rows, "", f"`iterations` of a preset are multiplied for methods whose iterations cost less: {light}."]
+        [
+            *head,
+            *rows,
+            "",
+            f"`iterations` of a preset are multiplied for methods whose iterations cost less: {light}; "
+            "and `dm` has twice as many where there are more than two images per class.",
+        ]
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedistill.config import LIGHT, Config
+from fedistill.config import Config, lightness
 from fedistill.data.dataset import Dataset
 from fedistill.evaluation.arms import figures_beside
 from fedistill.evaluation.fit import Material, select_and_test
@@ -59,7 +59,7 @@ def distil_path(config: Config, task: Task, model: str, path: Tensor, ipc: int) 
     about = dataclasses.replace(
         config, method="mtt", model=model, experts=1, checkpoint_every=1, expert_steps=len(path) - 1, ipc=ipc, rounds=1,
         budget="equal", init="noise", labels="auto", mask="auto", overlap="auto", denoise="none", window=1.0,
-        iterations=max(1, config.rounds * config.iterations // LIGHT.get(config.method, 1)),
+        iterations=max(1, config.rounds * config.iterations // lightness(config.method, config.ipc)),
     )  # fmt: skip
     most = ipc * task.classes  # which findings occur together is not known to the server
     findings = tuple((tuple(row), most) for row in one_each(task.classes)) if task.kind == "multilabel" else ()

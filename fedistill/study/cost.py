@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedistill.config import LIGHT, Config
+from fedistill.config import Config, lightness
 from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import going_on, nets_of, rates_of, shown_rounds
 from fedistill.evaluation.comparators import ALONE, comparators
@@ -90,7 +90,7 @@ def _comparing(c: Config, sites: int, trainings: int, distilling: float) -> floa
     evaluated = trainings * c.eval_steps * c.eval_batch
     work += evaluated * sum(name.endswith("distilled") for name in names)
     if "fedavg-distilled" in names:
-        work += c.iterations // LIGHT.get(c.method, 1) * 4 * c.syn_steps * c.syn_batch
+        work += c.iterations // lightness(c.method, c.ipc) * 4 * c.syn_steps * c.syn_batch
     return work + distilling * ("central-distilled" in names)
 
 
