@@ -13,7 +13,7 @@ from typing import Any
 from fedistill.errors import FedistillError, unknown
 
 # Part of every key of stored work: raise it when the same settings no longer give the same result.
-ALGORITHM = 3
+ALGORITHM = 4
 
 BUDGETS = ("equal", "proportional", "sqrt")
 
@@ -312,9 +312,9 @@ LIGHT = {"sketch": 5, "dm": 5, "cf": 5, "dc": 2, "dsa": 2}
 
 
 def lightness(method: str, ipc: int) -> int:
-    """What a preset's iterations are multiplied by: `LIGHT`, and twice that for more than two images per class by `dm`.
+    """What a preset's iterations are multiplied by: `LIGHT`, and twice that for `dm` above two images per class.
 
-    It saves the experts, and has a use for more iterations there, on validation (docs/benchmark.md, "Over sites").
+    `dm` saves the experts, and has a use for more iterations there, on validation (docs/benchmark.md, "Over sites").
     """
     return LIGHT.get(method, 1) * (2 if method == "dm" and ipc > 2 else 1)
 

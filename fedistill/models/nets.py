@@ -15,7 +15,7 @@ from fedistill.errors import FedistillError, unknown
 class Halve(nn.Module):
     """Average pooling 2x2 (2x2x2 of volumes), a last odd row left out, as `F.avg_pool2d(x, 2)`.
 
-    Sums of neighbours: on a CPU torch's own pooling, forth and back, takes a fifth of a ConvNet's training step more.
+    By sums of neighbours: with torch's own pooling a ConvNet's training step takes a fifth longer on a CPU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
