@@ -78,7 +78,10 @@ class LocalGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         done = [i for i in message_ids if i in self._replies and self._replies[i].done()]
-        return [self._replies.pop(i).result() for i in done]
+        return [self.wait_for(i) for i in done]
+
+    def wait_for(self, message_id: str) -> Message:
+        return self._replies.pop(message_id).result()
 
     def _work(self, message: Message) -> Message:
         kind, node = message.metadata.message_type, message.metadata.dst_node_id - 100

@@ -133,9 +133,7 @@ class FlowersGrid(LocalGrid):
             content = message.content
             content["job"] = ConfigRecord({**content["job"], "round": content["job"]["server-round"]})
             asked.append(Message(content, dst_node_id=message.metadata.dst_node_id, message_type="train.fedavg"))
-        waiting, replies = set(self.push_messages(asked)), []
-        while len(replies) < len(waiting):
-            replies += self.pull_messages(waiting)
+        replies = [self.wait_for(identity) for identity in self.push_messages(asked)]
         for reply in replies:
             records = int(reply.content["reply"]["json"])
             reply.content = RecordDict(
