@@ -30,7 +30,7 @@ from fedistill.data.sources import load_data
 from fedistill.evaluation.arms import draw_of_each
 from fedistill.evaluation.fit import Material, choose_and_test, fit_all, predict
 from fedistill.matching.problem import budget_of
-from fedistill.memory import keep_freed_memory
+from fedistill.memory import one_thread
 from fedistill.models.loss import targets_of
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
@@ -207,6 +207,7 @@ def _real(data: Dataset, site: str, images: Tensor, labels: Tensor) -> Synthetic
     )
 
 
+@one_thread()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("damage", "alarms"))
@@ -221,8 +222,6 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    torch.set_num_threads(1)
-    keep_freed_memory()
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     if given.what == "alarms":
         for name in given.data or DATA:

@@ -36,7 +36,7 @@ from fedistill.experts.train import Task, sgd, train_experts
 from fedistill.matching.objective import mismatch
 from fedistill.matching.student import Batch, adjoint, student_of, unroll
 from fedistill.matching.trajectory import batch_of
-from fedistill.memory import keep_freed_memory
+from fedistill.memory import one_thread
 from fedistill.models.augment import Draw
 from fedistill.models.flat import Flat
 from fedistill.models.loss import loss_of
@@ -86,10 +86,9 @@ def exact(steps: int, compiled: bool) -> Callable[[], None]:
     return iteration
 
 
+@one_thread()
 def child(variant: str, steps: int, repeats: int) -> dict[str, float]:
     """One variant in this process: seconds of one iteration (median), bytes at the peak."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
     run = (lambda: unrolled(steps)) if variant == "unrolled" else exact(steps, variant == "compiled")
     began = time.perf_counter()
     run()
@@ -108,10 +107,9 @@ def base() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@one_thread()
 def conv_throughput() -> float:
     """FLOP per second of this network's own convolutions, forward and both gradients, alone, in the better memory format."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
     reached = []
     for layout in (torch.contiguous_format, torch.channels_last):
         flop, seconds = 0.0, 0.0
@@ -172,6 +170,7 @@ def matching() -> dict[str, float]:
     }
 
 
+@one_thread()
 def experts() -> dict[str, float]:
     """RGB images of 28 pixels, width 32, batch 64."""
     rng, cores = generator(0), os.cpu_count() or 1
@@ -190,7 +189,6 @@ def experts() -> dict[str, float]:
                 train_experts(config, task, train, Path(folder), site="a", checkpoints=until // 10, until=float("inf"))
             return time.perf_counter() - began
 
-    torch.set_num_threads(1)
     alone, together = seconds(1, 460), seconds(cores, 460)
     return {
         "cores": cores,
@@ -200,10 +198,9 @@ def experts() -> dict[str, float]:
     }
 
 
+@one_thread()
 def private() -> dict[str, float]:
     """One thread, grey images of 28 pixels, steps of 256 images; plain and private steps take turns."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
     rng, n = generator(0), 256
     images = torch.randint(256, (n, 1, 28, 28), generator=rng, dtype=torch.uint8)
     train = Split(images, torch.arange(n) % 2, torch.zeros(n, dtype=torch.int64))
