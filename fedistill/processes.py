@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -46,12 +47,21 @@ def stop_engine(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    for pid, started in list(below.items()):
-        if started and start_time(pid) == started:  # not another process under the same number
-            try:
+    end_all(below)
+
+
+def end_all(processes: Mapping[int, str]) -> None:
+    """End these processes, by number and start time, at once, and return when they are gone: a large one takes a while to die."""
+    end = time.monotonic() + STOP_SECONDS
+    while left := [
+        pid for pid, began in processes.items() if began and start_time(pid) == began
+    ]:  # and no later process
+        for pid in left:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        if time.monotonic() > end:
+            return
+        time.sleep(0.01)
 
 
 @contextmanager

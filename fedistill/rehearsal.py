@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
-from fedistill.processes import process_tree, start_time, stop_engine
+from fedistill.processes import end_all, process_tree, start_time, stop_engine
 
 SECONDS = 120.0  # that a program may take to start, or a command to end
 RUN_SECONDS = 240.0
@@ -123,9 +122,7 @@ class Federation:
     def kill(self, name: str) -> None:
         """The server or a site, with all that it started, at once."""
         process = self.processes[name]
-        for pid in process_tree(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_all({pid: start_time(pid) for pid in process_tree(process.pid)})
         process.wait()
 
     def stop(self) -> None:

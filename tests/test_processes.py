@@ -1,0 +1,35 @@
+"""Processes that are ended are gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from fedistill.processes import end_all, process_tree, start_time
+
+LARGE = "import time; held = bytes(range(256)) * 1_000_000; print(flush=True); time.sleep(600)"
+PARENT = f"""
+import subprocess, sys, time
+below = [subprocess.Popen([sys.executable, "-c", {LARGE!r}], stdout=subprocess.PIPE) for _ in range(2)]
+for child in below:
+    child.stdout.readline()
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def test_large_processes_below_another_are_gone_when_all_have_been_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        tree = {pid: start_time(pid) for pid in process_tree(parent.pid)}
+        end_all(tree)
+        assert len(tree) == 3
+        assert not [pid for pid, began in tree.items() if start_time(pid) == began]
+
+
+def test_another_process_under_the_number_of_an_ended_one_is_left_alone() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        end_all({process.pid: "an earlier time"})
+        assert process.poll() is None
+        process.communicate(b"\n")
