@@ -142,7 +142,11 @@ class Config:
         choices=("auto", "on", "off"),
     )
     rounds: int = _key(
-        1, "federated rounds; later rounds complement what the other sites teach", scope="distill", low=1
+        1,
+        "federated rounds; later rounds complement what the other sites teach, which paid little in the comparison, and with "
+        "privacy lost to one",
+        scope="distill",
+        low=1,
     )
     iterations: int = _key(0, "outer iterations per round", scope="distill", low=0)
     syn_steps: int = _key(0, "student steps per outer iteration", scope="distill", low=0)
