@@ -40,7 +40,7 @@ def start_python(words: Sequence[str], log: Path, *paths: str) -> subprocess.Pop
 
 def stop_engine(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
     """End the engine, and what is left of the processes that were seen `below` it: Ray's helpers outlive a crash."""
-    below.update({pid: start_time(pid) for pid in process_tree(child.pid)})
+    below.update(tree_with_times(child.pid))
     child.terminate()
     try:
         child.wait(STOP_SECONDS)
@@ -53,9 +53,7 @@ def stop_engine(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
 def end_all(processes: Mapping[int, str]) -> None:
     """End these processes, by number and start time, at once, and return when they are gone: a large one takes a while to die."""
     end = time.monotonic() + STOP_SECONDS
-    while left := [
-        pid for pid, began in processes.items() if began and start_time(pid) == began
-    ]:  # and no later process
+    while left := [pid for pid, began in processes.items() if began and start_time(pid) == began]:
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -110,6 +108,11 @@ def process_tree(root: int) -> list[int]:
     for pid in found:  # grows while it is read
         found += [child for child, parent in parents.items() if parent == pid]
     return found
+
+
+def tree_with_times(root: int) -> dict[int, str]:
+    """`root` and all processes below it, each with its start time: as long as it matches, the number is of the same process."""
+    return {pid: start_time(pid) for pid in process_tree(root)}
 
 
 def _pids() -> list[int]:

@@ -30,7 +30,7 @@ from fedistill.data.dataset import Dataset
 from fedistill.data.partition import partition
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
-from fedistill.processes import end_all, process_tree, start_time, stop_engine
+from fedistill.processes import end_all, stop_engine, tree_with_times
 
 SECONDS = 120.0  # that a program may take to start, or a command to end
 RUN_SECONDS = 240.0
@@ -122,14 +122,14 @@ class Federation:
     def kill(self, name: str) -> None:
         """The server or a site, with all that it started, at once."""
         process = self.processes[name]
-        end_all({pid: start_time(pid) for pid in process_tree(process.pid)})
+        end_all(tree_with_times(process.pid))
         process.wait()
 
     def stop(self) -> None:
         """In good order: sites say goodbye while the server is there."""
         for group in ([n for n in self.processes if n != "server"], ["server"]):
             children = [self.processes[name] for name in group if name in self.processes]
-            below = {pid: start_time(pid) for child in children for pid in process_tree(child.pid)}
+            below = {pid: began for child in children for pid, began in tree_with_times(child.pid).items()}
             for child in children:
                 child.terminate()
             for child in children:

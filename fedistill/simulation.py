@@ -19,11 +19,10 @@ from fedistill.files import read_json, write_json
 from fedistill.processes import (
     alone,
     memory_of,
-    process_tree,
     start_engine,
-    start_time,
     stop_engine,
     terminate_is_interrupt,
+    tree_with_times,
 )
 
 if TYPE_CHECKING:
@@ -161,8 +160,8 @@ def _measure(child: subprocess.Popen[bytes], below: dict[int, str], path: Path, 
     peak, began, running = int(before.get("peak_memory_bytes") or 0), time.monotonic(), True
     while running:
         running = _wait(child, SAMPLE_SECONDS)
-        tree = process_tree(child.pid)
-        below.update({pid: start_time(pid) for pid in tree})
+        tree = tree_with_times(child.pid)
+        below.update(tree)
         peak = max(peak, sum(map(memory_of, tree)))
         seconds = before.get("seconds", 0.0) + time.monotonic() - began
         write_json(path, {"peak_memory_bytes": peak or None, "seconds": seconds, "command": command})

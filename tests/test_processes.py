@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from fedistill.processes import end_all, process_tree, start_time
+from fedistill.processes import end_all, start_time, tree_with_times
 
 LARGE = "import time; held = bytes(range(256)) * 1_000_000; print(flush=True); time.sleep(600)"
 PARENT = f"""
@@ -22,7 +22,7 @@ def test_large_processes_below_another_are_gone_when_all_have_been_ended() -> No
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         parent.stdout.readline()
-        tree = {pid: start_time(pid) for pid in process_tree(parent.pid)}
+        tree = tree_with_times(parent.pid)
         end_all(tree)
         assert len(tree) == 3
         assert not [pid for pid, began in tree.items() if start_time(pid) == began]

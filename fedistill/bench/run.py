@@ -24,7 +24,7 @@ from fedistill.config import make_config
 from fedistill.errors import FedistillError
 from fedistill.events import refuse_foreign
 from fedistill.files import read_json, write_bytes, write_json
-from fedistill.processes import alone, process_tree, start_engine, start_time, stop_engine, terminate_is_interrupt
+from fedistill.processes import alone, start_engine, stop_engine, terminate_is_interrupt, tree_with_times
 from fedistill.report.tables import duration
 from fedistill.simulation import app_folder
 
@@ -149,7 +149,7 @@ def _states(
             time.sleep(POLL_SECONDS if running else 0)
             now = time.monotonic()
             if now - looked > WATCH_SECONDS:
-                below.update({pid: start_time(pid) for pid in process_tree(child.pid)})
+                below.update(tree_with_times(child.pid))
                 looked = now
             news = read_json(out / "progress.json") if (out / "progress.json").exists() else state
             if news == state:

@@ -20,7 +20,7 @@ from rich.console import Console
 from fedistill.errors import FedistillError
 from fedistill.events import refuse_foreign as refuse_foreign_folder
 from fedistill.files import read_json, write_json
-from fedistill.processes import alone, process_tree, start_python, start_time, stop_engine, terminate_is_interrupt
+from fedistill.processes import alone, start_python, stop_engine, terminate_is_interrupt, tree_with_times
 from fedistill.report.tables import duration
 from fedistill.study.cost import Estimate, disk_of, estimates
 from fedistill.study.plan import Cell, Study
@@ -211,7 +211,7 @@ def _work(
                 if time.monotonic() - looked > WATCH_SECONDS:
                     looked = time.monotonic()
                     for child in running:
-                        child.below.update({pid: start_time(pid) for pid in process_tree(child.process.pid)})
+                        child.below.update(tree_with_times(child.process.pid))
                 for child in [c for c in running if c.process.poll() is not None]:
                     running.remove(child)
                     record = _ended(child, out)

@@ -14,7 +14,7 @@ from tinysuite import write_suite
 
 from fedistill import cli
 from fedistill.bench.results import read_rows
-from fedistill.processes import process_tree, start_time
+from fedistill.processes import start_time, tree_with_times
 from fedistill.simulation import app_folder
 
 
@@ -117,7 +117,7 @@ def test_a_stopped_benchmark_leaves_no_process(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end and not (out / "progress.json").exists():
         time.sleep(0.1)
-    below = {pid: start_time(pid) for pid in process_tree(child.pid)}
+    below = tree_with_times(child.pid)
     child.terminate()
     _, said = child.communicate(timeout=30)
     assert child.returncode == 130

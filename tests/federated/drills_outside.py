@@ -25,7 +25,7 @@ from stage import SITES, Result, Stage, about, before_all, disturbed, set_of
 
 from fedistill.certificates import DAYS, make_certificate
 from fedistill.deploy import Server, environment, make_site_key, read_server
-from fedistill.processes import process_tree, start_time
+from fedistill.processes import start_time, tree_with_times
 from fedistill.rehearsal import fedistill, free_port
 
 CLOCK = """\
@@ -116,7 +116,7 @@ def expired_certificate(stage: Stage, name: str, seed: int) -> Result:
     steps, harm = stage.steps(out, "north"), time.monotonic()
     at_work = bool(stage.told(out)) and not (out / "summary.json").exists()
     site = stage.refused_start(name, "south")
-    below = {pid: start_time(pid) for pid in process_tree(stage.federation.processes["server"].pid)}
+    below = tree_with_times(stage.federation.processes["server"].pid)
     stage.stop("server")
     left = [pid for pid, began in below.items() if began and start_time(pid) == began]
     try:

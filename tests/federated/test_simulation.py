@@ -17,7 +17,7 @@ from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json
-from fedistill.processes import process_tree, start_time
+from fedistill.processes import process_tree, start_time, tree_with_times
 from fedistill.simulation import app_folder, simulate
 
 TINY = {
@@ -87,7 +87,7 @@ def test_stopped_run_leaves_no_process_and_goes_on(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     while time.monotonic() < end and not any(e.step for e in read_events(out / "events.jsonl")[0]):
         time.sleep(0.1)
-    below = {pid: start_time(pid) for pid in process_tree(child.pid)}
+    below = tree_with_times(child.pid)
     child.terminate()
     said, _ = child.communicate(timeout=30)
     assert child.returncode == 130
