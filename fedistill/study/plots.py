@@ -17,7 +17,7 @@ from fedistill.report.curves import PALETTE
 from fedistill.report.tables import arm_name, without_rounds
 from fedistill.study.plan import shown
 from fedistill.study.results import FIGURES, SCORES, Row, usable
-from fedistill.study.tables import is_union, main_arm, models_of, spread
+from fedistill.study.tables import identity, main_arm, models_of, spread
 
 TITLES = SCORES | {
     "images": "Images trained on",
@@ -106,17 +106,19 @@ def lines_of(rows: Sequence[Row], axes: Axes) -> list[Line]:
     """The lines of a plot in the order of the results. Among families, what several cells share (an arm on real images) is one
     line, and one that has no like is called by its family alone."""
     found: dict[tuple[Any, ...], dict[Any, list[float]]] = {}
+    marks: dict[tuple[Any, ...], list[Any]] = {}
     for row in grown(usable(rows), axes.x) if axes.x in GROWING else usable(rows):
         if row[axes.y] is None or any(row[key] != value for key, value in axes.where.items()):
             continue
-        points = found.setdefault(tuple(row[key] for key in axes.by), {})
-        points.setdefault(row[axes.x], []).append(row[axes.y])
+        line = tuple(row[key] for key in axes.by)
+        found.setdefault(line, {}).setdefault(row[axes.x], []).append(row[axes.y])
+        marks.setdefault(line, []).append(identity(row))
     if FAMILY not in axes.by:
         return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
     place = axes.by.index(FAMILY)
     once: dict[Any, tuple[Any, ...]] = {}
-    for key, points in found.items():
-        once.setdefault((key[place], key if is_union(key[place]) else repr(points)), key)
+    for key in found:
+        once.setdefault((key[place], *marks[key]), key)
     alike = Counter(key[place] for key in once.values())
     return [
         Line(name=arm_name(key[place]) if alike[key[place]] == 1 else _name(axes.by, key), points=found[key])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+from fedistill.config import Config
 from fedistill.errors import FedistillError, unknown
+from fedistill.evaluation.comparators import PRIVATE
 from fedistill.evaluation.metrics import mean_std
 from fedistill.report.tables import SHOWN, arm_name, arms_in_order, score, size, without_rounds
 from fedistill.study.plan import shown
@@ -14,6 +17,7 @@ from fedistill.study.results import SCORES, Row, usable
 NOTHING = "–"
 MOST = 7  # arms that a line has room for
 ONCE = "An arm that is the same in several cells stands with the first."
+OF_DATA = tuple(f.name for f in fields(Config) if f.metadata["scope"] == "data")
 
 
 def headline(rows: Sequence[Row]) -> str:
@@ -85,17 +89,24 @@ def arms_table(
         if not judged:
             body[cell] = [*names, NOTHING, "failed", NOTHING, "0"]
         for arm in arms:
-            found = [(row[metric], row["upload_bytes"]) for row in judged if row["trained_on"] == arm]
+            found = [row for row in judged if row["trained_on"] == arm]
             if found:
-                scores, sent = zip(*found, strict=True)
+                scores, sent = [row[metric] for row in found], [row["upload_bytes"] for row in found]
                 line = [*names, arm_name(arm), score(spread(scores)), size(spread(sent)), str(len(found))]
-                body.setdefault((arm, cell if is_union(arm) else tuple(found)), line)
+                body.setdefault((arm, *map(identity, found)), line)
     return [*(varied or ["cell"]), "Trained on", SCORES[metric], "Upload", "n"], list(body.values())
 
 
-def is_union(arm: str) -> bool:
-    """Whether an arm is the union of the cell's own sets, after any round: then it is the cell's alone, whatever it reached."""
-    return without_rounds(arm)[0] == "distilled"
+def identity(row: Row) -> tuple[Any, ...]:
+    """Rows of one arm in several cells are the same one where this is equal.
+
+    What is distilled, or has noise of its own, is the cell's alone, whatever it reached. The rest may be of the same data and the
+    same training, and then all its figures agree, not only one that ends at chance in both cells.
+    """
+    arm = row["trained_on"]
+    if arm.startswith(PRIVATE) or "distilled" in without_rounds(arm)[0]:
+        return (row["cell"],)
+    return tuple(row.get(name) for name in (*OF_DATA, "eval_model", *SCORES, "images", "upload_bytes", "after_rounds"))
 
 
 def _by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -15,6 +15,7 @@ from tinystudy import write_study
 
 from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
+from fedistill.report.tables import arm_name
 from fedistill.study.page import page
 from fedistill.study.plan import Cell, Study, cells_of, read_study
 from fedistill.study.plots import axes_of, lines_of, write_plots
@@ -118,6 +119,26 @@ def test_of_many_arms_each_has_a_line_and_what_cells_share_stands_once() -> None
     assert table(few, ["n"], "auc", "mlp") == cells_table(few, ["n"], "auc", "mlp")
 
 
+@pytest.mark.parametrize(
+    ("arm", "changed"),
+    [
+        ("dp-fedavg", {}),  # noise of its own
+        ("central-distilled", {}),
+        ("fedavg", {"balanced_accuracy": 0.75}),
+        ("fedavg", {"alpha": 3.0}),
+        ("fedavg", None),
+    ],
+)
+def test_arms_that_reach_the_same_figure_by_chance_are_all_shown(arm: str, changed: dict[str, float] | None) -> None:
+    others = [several("a", f"fedprox-{rounds}", 0, 0.6, rounds) for rounds in range(1, 9)]  # so that arms have lines
+    rows = [*others, several("a", arm, 0, 0.5, 3_133_760), several("bb", arm, 0, 0.5, 3_133_760) | (changed or {})]
+    cells = ["1", "2"] if changed is not None else ["1"]
+    body = table(rows, ["n"], "auc", "mlp")[1]
+    assert [line[0] for line in body if line[1] == arm_name(arm)] == cells
+    lines = lines_of(rows, axes_of(rows, ["n"], x="upload_bytes", y="auc", by="", where={}))
+    assert len([line for line in lines if line.name.endswith(arm_name(arm))]) == len(cells)
+
+
 def test_a_study_is_about_the_union_of_the_last_round() -> None:
     rows = [several("a", "distilled-1", 0, 0.5, 10), several("a", "distilled", 0, 0.75, 20)]
     text = page("Rounds", rows, ["n"], cells=1).decode()
@@ -180,7 +201,7 @@ def test_plots_are_vectors_and_the_same_each_time(ended, tmp_path: Path) -> None
 
 
 def test_without_privacy_there_is_a_line_across(tmp_path: Path) -> None:
-    base = {"status": "ok", "kind": "multiclass", "eval_model": "mlp", "trained_on": "distilled"}
+    base = {"cell": "a", "status": "ok", "kind": "multiclass", "eval_model": "mlp", "trained_on": "distilled"}
     rows = [base | {"epsilon": e, "seed": s, "auc": 0.7 + s / 9 - e / 90} for e in (0.0, 1.0, 10.0) for s in (0, 1)]
     axes = axes_of(rows, ["epsilon"], x="epsilon", y="auc", by="", where={})
     svg, _ = write_plots(rows, axes, "Privacy", tmp_path)
