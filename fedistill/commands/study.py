@@ -36,6 +36,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what there is to do, and roughly what it takes; start nothing."""
+    from fedistill.data.sources import place_of
     from fedistill.report.tables import duration, size
     from fedistill.study.cost import sharing
     from fedistill.study.plan import cells_of
@@ -75,6 +76,11 @@ def plan(
         else "from counts of training steps, on a core of 2023"
     )
     say(f"The figures of what is left are rough: {based}. Data that only the run will load count as 28 pixels.")
+    for source in dict.fromkeys(cell.config.data for cell in cells):
+        try:
+            place_of(source)
+        except FedistillError as error:
+            say(f"Cells that cannot run here: {error.sentence}")
 
 
 @app.command()

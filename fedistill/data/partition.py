@@ -54,10 +54,8 @@ def partition(data: Dataset, config: Config) -> Partition:
         kind = "site" if real else "iid"
     if kind == "site":
         return _by_site(data, config.sites)
-    if kind.lower().endswith(".json"):
+    if is_file(config):
         return _from_file(data, Path(kind).expanduser(), config.sites)
-    if kind not in KINDS:
-        raise unknown("partition", kind, (*KINDS, "a .json file"))
 
     sites = config.sites or 3
     n = len(data.train)
@@ -78,6 +76,14 @@ def partition(data: Dataset, config: Config) -> Partition:
     owners = {"train": train}
     owners |= {key: _divide(data.splits[key].groups, even, generator) for key in ("val", "test")}
     return _collect(tuple(f"site-{i + 1}" for i in range(sites)), owners)
+
+
+def is_file(config: Config) -> bool:
+    """Whether the partition is a file of indices. Raises `FedistillError` where it is neither that nor one of `KINDS`."""
+    kind = config.partition
+    if kind not in KINDS and not kind.lower().endswith(".json"):
+        raise unknown("partition", kind, (*KINDS, "a .json file"))
+    return kind not in KINDS
 
 
 def _by_site(data: Dataset, sites: int) -> Partition:

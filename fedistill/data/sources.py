@@ -44,27 +44,32 @@ def load_data(config: Config) -> Dataset:
 
 def _load(config: Config) -> Dataset:
     source = config.data.strip()
-    if source == "phantom":
-        return phantom_data(config)
-    if source in MEDMNIST:
-        return load_medmnist(source, config.image_size)
+    path = place_of(source)
+    if path is None:
+        return phantom_data(config) if source == "phantom" else load_medmnist(source, config.image_size)
+    if path.is_dir():
+        return load_folder(path, config.image_size)
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        flag = flag_of(path.stem)
+        return load_flag(path, flag) if flag else load_npz(path)
+    if suffix == ".csv":
+        return load_manifest(path, config.image_size, config.task)
+    raise FedistillError("bad-data", f"{path} is neither an .npz file, a .csv manifest nor an image folder.")
+
+
+def place_of(source: str) -> Path | None:
+    """The file or folder that a data source names; None where its name is all. Raises `FedistillError` where there is none."""
+    if source == "phantom" or source in MEDMNIST:
+        return None
     path = Path(source)
     try:
         path = path.expanduser()
-        is_folder, is_file = path.is_dir() and source != "", path.is_file()
+        if source and (path.is_dir() or path.is_file()):
+            return path
     except (OSError, RuntimeError):  # a name too long for a file, an unknown ~user, a folder that may not be entered
-        is_folder = is_file = False
-    if is_folder:
-        return load_folder(path, config.image_size)
-    suffix = path.suffix.lower()
-    if is_file:
-        if suffix == ".npz":
-            flag = flag_of(path.stem)
-            return load_flag(path, flag) if flag else load_npz(path)
-        if suffix == ".csv":
-            return load_manifest(path, config.image_size, config.task)
-        raise FedistillError("bad-data", f"{path} is neither an .npz file, a .csv manifest nor an image folder.")
-    if suffix in (".npz", ".csv") or "/" in source or "\\" in source:
+        pass
+    if path.suffix.lower() in (".npz", ".csv") or "/" in source or "\\" in source:
         raise FedistillError("missing-file", f"data={source}: there is no file or folder {path.absolute()}.")
     raise unknown("data source", source, ["phantom", *MEDMNIST])
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
-from fedistill.errors import FedistillError
+from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import shown_rounds
 from fedistill.evaluation.comparators import comparators
 from fedistill.experts.train import Task, architectures_of
 from fedistill.matching.problem import check_segment
 from fedistill.methods.registry import method_of
+from fedistill.models.augment import parse_operations
 from fedistill.models.flat import device_of
+from fedistill.models.nets import MODELS
 from fedistill.privacy.rules import check_private
 
 
-def check_settings(config: Config, task: Task) -> None:
-    """Raise `FedistillError` where a setting names nothing, or cannot work on images like these."""
+def check_words(config: Config) -> None:
+    """Raise `FedistillError` where a setting names nothing, or does not go with another, whatever the images are."""
     method = method_of(config)
     check_private(config)
-    device_of(config.device)
     check_segment(config, method)
     if method.experts and config.checkpoint_every > config.expert_steps:
         raise FedistillError(
@@ -44,6 +45,17 @@ def check_settings(config: Config, task: Task) -> None:
             )
     comparators(config)
     shown_rounds(config)
+    if config.augment != "auto":
+        parse_operations(config.augment)
+    for name in (*architectures_of(config), *architectures(config)):
+        if name not in MODELS:
+            raise unknown("model", name, MODELS)
+
+
+def check_settings(config: Config, task: Task) -> None:
+    """`check_words`, and raise `FedistillError` where a setting cannot work here, or on images like these."""
+    check_words(config)
+    device_of(config.device)
     task.operations(config)
     if task.kind == "multilabel" and config.budget != "equal":
         raise FedistillError(

@@ -177,21 +177,18 @@ def cells_of(study: Study) -> list[Cell]:
 
 
 def _cell(study: Study, arm: str, settings: Mapping[str, Any]) -> Cell:
-    from fedistill.evaluation.arms import architectures
-    from fedistill.evaluation.average import shown_rounds
-    from fedistill.evaluation.comparators import comparators
-    from fedistill.methods.registry import method_of
-    from fedistill.privacy.rules import check_private
+    from fedistill.data.partition import is_file
+    from fedistill.data.public import known_modality
+    from fedistill.site.feasible import check_words
 
     said = {ARM: arm} | dict(settings)
     name = ", ".join(f"{key} {shown(said[key])}" for key in study.varied) or study.name
     try:
         config = make_config({**settings, "seeds": study.seeds}).resolved()
-        method_of(config)
-        architectures(config)
-        check_private(config)
-        comparators(config)
-        shown_rounds(config)
+        check_words(config)
+        is_file(config)  # the partition
+        if config.modality != "auto":
+            known_modality(config.modality)
     except FedistillError as error:
         raise FedistillError(error.code, f"The cell '{name}' cannot be: {error.sentence}") from None
     columns = {key: arm if key == ARM else getattr(config, key) for key in study.columns}
