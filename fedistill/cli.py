@@ -412,12 +412,19 @@ def _root(
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one sentence and exit code 2."""
+    """Entry point: a user's mistake, or a file that cannot be had, is one sentence and exit code 2."""
     try:
         app(standalone_mode=True)
     except FedistillError as error:
-        screen.print(f"Error: {error.sentence}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(2)
+        sentence = error.sentence
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        sentence = f"{error.filename or 'A file'} cannot be read or written: {error.strerror}."
+    else:
+        return
+    screen.print(f"Error: {sentence}", style="red", soft_wrap=True, highlight=False, markup=False)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

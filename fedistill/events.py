@@ -109,12 +109,14 @@ def claim_folder(folder: Path, config: Config) -> None:
 def refuse_foreign(
     folder: Path, mark: str = "config.json", what: str = "a run", ours: Sequence[str] = ("log.txt", ".lock")
 ) -> None:
-    """Raise `FedistillError` ("other-run") if `folder` is a file, or holds something else than `what`, which has a file `mark`.
+    """Raise `FedistillError` ("other-run") if `folder` is a file or below one, or holds something else than `what`, which has a
+    file `mark`.
 
     ours: what may lie there before that file does.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FedistillError("other-run", f"{folder} is a file: choose another folder.")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise FedistillError("other-run", f"{there} is a file: choose another folder.")
     begun = (folder / mark).exists() or not folder.exists()
     if not begun and any(p.name not in ours for p in folder.iterdir()):
         raise FedistillError("other-run", f"The folder {folder} is neither empty nor {what}: choose another folder.")

@@ -99,6 +99,8 @@ def read_toml(path: Path, code: str) -> dict[str, Any]:
     """The table in a file. Raises `FedistillError`, with this code, on a file that cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FedistillError(code, f"There is no file {path}.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise FedistillError(code, f"{path} is not a readable TOML file: {error}.") from None
 

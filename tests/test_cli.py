@@ -78,6 +78,7 @@ def fedistill(monkeypatch, capsys):
         (["simulate", "--data", "phantom", "--ipc", "500"], "ipc=500 asks for 2000 synthetic images"),
         (["simulate", "--method", "mtt", "--set", "segment=500"], "segment=500 needs more checkpoints"),
         (["simulate", "--method", "dm", "--rounds", "2"], "rounds=2 needs cf or trajectory matching"),
+        (["simulate", "--out", "x" * 300], "cannot be read or written: File name too long."),
         (["evaluate", "nowhere"], "holds no synthetic set"),
         (["probe", "--ipc", "1,two"], "ipc=1,two is no list of whole numbers"),
         (["probe", "--ipc", "0"], "ipc=0 is no list of budgets"),
@@ -110,9 +111,10 @@ def test_a_folder_of_another_run_is_refused_and_kept(fedistill, tmp_path: Path) 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(fedistill, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("thesis")
-    code, _, err = fedistill("simulate", "--data", "phantom", "--out", tmp_path / "run")
-    assert code == 2
-    assert "is a file" in err
+    for place in (tmp_path / "run", tmp_path / "run" / "below"):
+        code, _, err = fedistill("simulate", "--data", "phantom", "--out", place)
+        assert code == 2
+        assert f"{tmp_path / 'run'} is a file: choose another folder." in err
 
 
 def test_an_error_in_a_worker_process_is_still_one_sentence(fedistill, tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_a_site_from_a_kit_and_what_start_needs(
     ("words", "why"),
     [
         (["run", "{server}", "{job}", "--name", "Bad Name"], "is no name for a run"),
-        (["run", "{server}", "nowhere.toml"], "is not a readable TOML file"),
+        (["run", "{server}", "nowhere.toml"], "There is no file nowhere.toml."),
         (["run", "{server}", "{private}"], "privacy=dp needs a budget"),
         (["run", "{server}", "{job}"], "say with sites = 3 how many take part"),
         (["run", "{job}", "{job}"], "holds no server"),

@@ -120,7 +120,7 @@ def read_results(path: Path) -> list[Row]:
             if missing:
                 raise FedistillError("bad-results", f"{path} is no table of a study: it lacks {', '.join(missing)}.")
             return [{name: _value(name, text) for name, text in row.items()} for row in table]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FedistillError("missing-file", f"There is no {path}: run the study first.") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise FedistillError("bad-results", f"{path} is no table of a study: {error}.") from None
@@ -131,7 +131,15 @@ def read_folder(out: Path) -> tuple[dict[str, Any], list[Row]]:
     rows = read_results(out / "results.csv")
     if not (out / "study.json").exists():
         raise FedistillError("missing-file", f"There is no {out / 'study.json'}: run the study first.")
-    return dict(read_json(out / "study.json")), rows
+    return read_plan(out, "title", "varied", "names"), rows
+
+
+def read_plan(out: Path, *keys: str) -> dict[str, Any]:
+    """What `study.json` says. Raises `FedistillError` on another file of that name, which lacks one of `keys`."""
+    about = read_json(out / "study.json")
+    if not isinstance(about, dict) or not set(keys) <= about.keys():
+        raise FedistillError("bad-results", f"{out / 'study.json'} is not that of a study: choose another folder.")
+    return about
 
 
 def usable(rows: Sequence[Row]) -> list[Row]:

@@ -19,12 +19,12 @@ from rich.console import Console
 
 from fedistill.errors import FedistillError
 from fedistill.events import refuse_foreign as refuse_foreign_folder
-from fedistill.files import read_json, write_json
+from fedistill.files import write_json
 from fedistill.processes import alone, start_python, stop_engine, terminate_is_interrupt, tree_with_times
 from fedistill.report.tables import duration
 from fedistill.study.cost import Estimate, disk_of, estimates
 from fedistill.study.plan import Cell, Study
-from fedistill.study.results import defect, finished, log_path, record_of, record_path, write_results
+from fedistill.study.results import defect, finished, log_path, read_plan, record_of, record_path, write_results
 from fedistill.study.track import check_tracker, track
 
 POLL_SECONDS = 0.2
@@ -168,7 +168,7 @@ def refuse_foreign(out: Path, study: Study) -> None:
     """Raise `FedistillError` ("other-run") if `out` is a file, or a folder with something else in it than this study."""
     plan = out / "study.json"
     refuse_foreign_folder(out, plan.name, "that of a study", ours=(".lock",))
-    if plan.exists() and (before := read_json(plan)["study"]) != study.name:
+    if plan.exists() and (before := read_plan(out, "study")["study"]) != study.name:
         raise FedistillError("other-run", f"The folder {out} holds the study {before}: choose another folder.")
 
 

@@ -100,7 +100,7 @@ def test_what_means_nothing_is_an_error(text: str, why: str, tmp_path: Path) -> 
 
 
 def test_no_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FedistillError, match="is not a readable TOML file"):
+    with pytest.raises(FedistillError, match="There is no file"):
         read_policy(tmp_path / "site.toml")
 
 

@@ -144,7 +144,7 @@ def test_studies_are_found_by_name() -> None:
     assert {path.stem for path in (app_folder() / "simulations" / "studies").glob("*.toml")} == set(READY)
     with pytest.raises(FedistillError, match="Unknown study 'method': did you mean 'methods'"):
         load_study("method")
-    with pytest.raises(FedistillError, match=r"nowhere\.toml is not a readable TOML file"):
+    with pytest.raises(FedistillError, match=r"There is no file nowhere\.toml\."):
         load_study("nowhere.toml")
 
 

@@ -19,7 +19,7 @@ from fedistill.report.tables import arm_name
 from fedistill.study.page import page
 from fedistill.study.plan import Cell, Study, cells_of, read_study
 from fedistill.study.plots import axes_of, lines_of, write_plots
-from fedistill.study.results import FIGURES, Row, finished, read_results, record_path, write_results
+from fedistill.study.results import FIGURES, Row, finished, read_folder, read_results, record_path, write_results
 from fedistill.study.run import forecast, refuse_foreign, run_study
 from fedistill.study.tables import cells_table, headline, table
 
@@ -85,6 +85,17 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     with pytest.raises(FedistillError, match="is no table of a study: it lacks cell"):
         read_results(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize("content", [{}, {"title": "Other"}, ["title", "varied", "names"]])
+def test_a_plan_that_is_of_no_study_is_refused(ended, content: Any) -> None:
+    study, cells, out = ended
+    write_results(out, study, cells)
+    write_json(out / "study.json", content)
+    with pytest.raises(FedistillError, match=r"study\.json is not that of a study"):
+        read_folder(out)
+    with pytest.raises(FedistillError, match=r"study\.json is not that of a study"):
+        refuse_foreign(out, study)
 
 
 def test_the_table_has_a_row_per_cell(ended) -> None:

@@ -152,15 +152,28 @@ def fedistill(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         (["run", "budget", "--out", "out", "--jobs", "0"], "'--jobs'"),
         (["show", "out"], "run the study first"),
         (["plot", "out"], "run the study first"),
+        (["show", "file"], "run the study first"),
+        (["plan", "budget", "--out", "file/out"], "file is a file: choose another folder."),
+        (["run", "budget", "--out", "file/out"], "file is a file: choose another folder."),
     ],
 )
 def test_mistakes_are_one_sentence(monkeypatch, capsys, tmp_path: Path, arguments: list[str], sentence: str) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     code, out, err = fedistill(monkeypatch, capsys, *arguments)
     assert (code, out) == (2, "")
     assert sentence in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_which_data_are_not_here(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    path = write_study(tmp_path, "[settings]\nsites = 2\n[grid]\ndata = ['phantom', 'nowhere.npz']")
+    code, _, err = fedistill(monkeypatch, capsys, "plan", path, "--out", tmp_path / "out")
+    assert code == 0
+    assert "Cells that cannot run here: data=nowhere.npz: there is no file or folder" in err
+    assert err.count("cannot run here") == 1
 
 
 @pytest.mark.flower
