@@ -41,6 +41,7 @@ from fedistill.commands.shared import (
     configured,
     pairs,
     screen,
+    typed,
 )
 from fedistill.config import PRESETS, Config, listed
 from fedistill.errors import FedistillError
@@ -102,7 +103,7 @@ def simulate(
 
     config = configured(settings, {k: v for k, v in locals().items() if k in KEYS}, out="runs/simulation")
     target = largest(config) if attacked else None  # what cannot be attacked is said before the work
-    summary = run(config, screen, command="fedistill " + " ".join(sys.argv[1:]))
+    summary = run(config, screen, command=typed())
     if target is not None:
         summary = _attacked(config, *target)
     contradicted = (summary.get("audit") or {}).get("contradicts", False)
@@ -325,7 +326,7 @@ def bench(
         else:
             screen.print(plan_table(chosen, cells, todo))
         return
-    summary = run(chosen, choice, folder, screen, command="fedistill " + " ".join(sys.argv[1:]))
+    summary = run(chosen, choice, folder, screen, command=typed())
     if as_json:
         print(json.dumps(summary, indent=1))
     for cell in summary["failed"][:SHOWN_FAILURES]:

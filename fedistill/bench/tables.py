@@ -125,7 +125,7 @@ def paired_table(rows: Sequence[Row], metric: str) -> str:
     pairs = dict.fromkeys((row["method"], other) for row in rows for other in row["against"].split())
     body = []
     for one, other in pairs:
-        cells = [_paired(paired_differences(rows, one, other, ipc, metric)) for ipc in ipcs]
+        cells = [paired(paired_differences(rows, one, other, ipc, metric)) for ipc in ipcs]
         if any(cell != NOTHING for cell in cells):
             body.append([f"{one} − {other}", *cells])
     return markdown_table(["pair", *(f"IPC {ipc}" for ipc in ipcs)], body) if body else "There are none yet."
@@ -140,7 +140,8 @@ def paired_differences(rows: Sequence[Row], one: str, other: str, ipc: int, metr
     return found
 
 
-def _paired(differences: Sequence[float]) -> str:
+def paired(differences: Sequence[float]) -> str:
+    """Mean ± standard error of the mean, and of how many: `+.012 ± .008 (4)`."""
     if not differences:
         return NOTHING
     both = mean_std(list(differences))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import fields, replace
 from typing import Annotated, Any
 
@@ -80,6 +82,11 @@ def configured(settings: list[str] | None, given: dict[str, Any], *, out: str = 
         values[key] = value
     config = make_config(values)
     return config if config.out or not out else replace(config, out=out)
+
+
+def typed() -> str:
+    """The command that is running, to be typed again."""
+    return shlex.join(["fedistill", *sys.argv[1:]])
 
 
 def pairs(settings: list[str] | None, option: str = "--set") -> dict[str, str]:

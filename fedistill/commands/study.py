@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedistill.commands.shared import AsJson, Data, Sets, pairs, say, screen
+from fedistill.commands.shared import AsJson, Data, Sets, pairs, say, screen, typed
 from fedistill.errors import FedistillError, unknown
 
 app = typer.Typer(help="Whole simulated federations over a grid.", no_args_is_help=True, rich_markup_mode=None)
@@ -101,8 +100,7 @@ def run(
     from fedistill.study.run import run_study
 
     chosen, folder = _study(study, data, seeds, settings), _folder(out)
-    typed = "fedistill " + " ".join(sys.argv[1:])
-    summary = run_study(chosen, cells_of(chosen), folder, screen, jobs=jobs, command=typed, tracker=track)
+    summary = run_study(chosen, cells_of(chosen), folder, screen, jobs=jobs, command=typed(), tracker=track)
     if as_json:
         print(json.dumps(summary, indent=1))
     for cell in summary["failed"][:SHOWN_FAILURES]:
@@ -118,23 +116,43 @@ def show(
     out: Folder,
     metric: Annotated[str | None, typer.Option(help="Figure; default: the headline of the kind of task.")] = None,
     model: Model = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=VALUE", help="Differences of all other values of a setting from this one, in pairs."),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a GitHub table on stdout.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Table of what the cells reached: mean and deviation over seeds."""
+    """Table of what the cells reached: mean and deviation over seeds; or, with --against, an ablation."""
     from fedistill.bench.tables import markdown_table
     from fedistill.study.results import SCORES, read_folder
-    from fedistill.study.tables import ONCE, caption, cells_table, chosen, headline, table
+    from fedistill.study.tables import (
+        ONCE,
+        PAIRED,
+        arms_of,
+        caption,
+        cells_table,
+        chosen,
+        differences,
+        figures_of,
+        table,
+    )
 
     about, rows = read_folder(_folder(out))
     if metric is not None and metric not in SCORES:
         raise unknown("metric", metric, SCORES)
     model = chosen(rows, "eval_model", model)
-    metric = metric or headline(rows)
-    head, body = (cells_table if as_json else table)(rows, about["varied"], metric, model)
+    metrics = [metric] if metric else figures_of(rows)
+    metric = metrics[0]
+    if against is None:
+        head, body = (cells_table if as_json else table)(rows, about["varied"], metric, model)
+        notes = [caption(metric, model, arms_of(rows)), *([ONCE] if "Trained on" in head else [])]
+    else:
+        key, value = next(iter(pairs([against], "--against").items()))
+        head, body = differences(rows, about["varied"], key, value, metrics, model)
+        notes = [PAIRED]
     failed = {row["cell"]: row["reason"] for row in rows if row["status"] == "failed"}
     left = len(about["names"]) - len({row["cell"] for row in rows})
-    notes = [caption(metric, model), *([ONCE] if "Trained on" in head else [])]
     notes += [f"{left} cells have not run yet."] if left else []
     notes += [f"Failed: {about['names'].get(cell, cell)}: {reason}" for cell, reason in failed.items()]
     if as_json:
@@ -143,7 +161,9 @@ def show(
     elif markdown:
         print("\n\n".join([f"**{about['title']}**", markdown_table(head, body), *notes]))
     else:
-        printed = Table(*head, box=None, title=about["title"])
+        printed = Table(box=None, title=about["title"])
+        for name in head:
+            printed.add_column(name, overflow="fold")
         for line in body:
             printed.add_row(*line)
         Console(markup=False, highlight=False).print(printed)

@@ -128,6 +128,7 @@ def render_report(
         best=tables.best_arm(summary),
         best_mark=tables.BEST,
         best_means=tables.best_means(summary),
+        yardsticks=tables.yardsticks(summary.get("arms") or {}),
         deviation=tables.deviation(summary),
         arm_charts=[(tables.METRICS[metric], Markup(arms_chart(summary, metric))) for metric in charted],
         losses=[(name, _milestones(curve)) for name, curve in told.items() if thin(curve)],

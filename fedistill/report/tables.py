@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -43,6 +43,7 @@ SHOWN = {
 EQUAL_BUDGET = ("distilled", "random_real")
 MISSING = "n/a"
 BEST = "★"
+YARDSTICKS = ("random_real", "local_only", "centralised")  # on real images as they are, whatever `privacy` says
 
 
 def arm_name(arm: str, last: int | None = None) -> str:
@@ -94,6 +95,12 @@ def best_means(summary: Mapping[str, Any]) -> str:
     return f"{BEST} higher {spoken(charted(summary)[0])} of the two arms with the same budget of images"
 
 
+def yardsticks(arms: Iterable[str]) -> str:
+    """Which of the arms no privacy protects, for below a table; empty where there is none."""
+    found = [arm_name(arm) for arm in YARDSTICKS if arm in set(arms)]
+    return f"Yardsticks on real images, not private and never sent: {', '.join(found)}." if found else ""
+
+
 def images_of(key: str, arm: Mapping[str, Any]) -> str:
     """How many images an arm is made of; "-" where parameters travel and no images."""
     name, _ = without_rounds(key)
@@ -115,7 +122,7 @@ def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
     """One row per arm: the metrics of the kind of task as mean ± deviation, images and upload."""
-    table = bare_table("Global model on the pooled test images", caption=f"{deviation(summary)} {best_means(summary)}.")
+    table = bare_table("Global model on the pooled test images", caption=_below_arms(summary))
     table.add_column("Arm", overflow="fold")
     for title in _arm_columns(summary):
         table.add_column(title, justify="right")
@@ -129,7 +136,11 @@ def arms_markdown(summary: Mapping[str, Any]) -> str:
     columns = _arm_columns(summary)
     lines = [["Arm", *columns], ["---"] + ["---:"] * len(columns), *_arm_rows(summary)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{table}\n\n{deviation(summary)} {best_means(summary)}.\n"
+    return f"{table}\n\n{_below_arms(summary)}\n"
+
+
+def _below_arms(summary: Mapping[str, Any]) -> str:
+    return f"{deviation(summary)} {best_means(summary)}. {yardsticks(summary.get('arms') or {})}".strip()
 
 
 def bare_table(title: str, **more: Any) -> Table:

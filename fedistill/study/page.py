@@ -14,10 +14,21 @@ from fedistill.files import write_bytes
 from fedistill.report import tables
 from fedistill.report.curves import PALETTE
 from fedistill.report.page import style
-from fedistill.study.plan import shown
+from fedistill.study.plan import ARM, shown
 from fedistill.study.plots import LOGARITHMIC, NO_PRIVACY, TITLES
 from fedistill.study.results import FIGURES, Row, read_folder, usable
-from fedistill.study.tables import arms_of, caption, cells_table, chosen, headline, main_arm, spread
+from fedistill.study.tables import (
+    PAIRED,
+    arms_of,
+    caption,
+    cells_table,
+    chosen,
+    differences,
+    figures_of,
+    headline,
+    main_arm,
+    spread,
+)
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
@@ -30,12 +41,13 @@ def write_page(folder: Path) -> Path:
     about, rows = read_folder(folder)
     chosen(rows, "eval_model", None)  # something is finished
     path = folder / "study.html"
-    write_bytes(path, page(about["title"], rows, about["varied"], cells=len(about["names"])))
+    command = about.get("command", "")
+    write_bytes(path, page(about["title"], rows, about["varied"], cells=len(about["names"]), command=command))
     return path
 
 
-def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int) -> bytes:
-    """The page of a study of so many cells, some of which may not have run yet."""
+def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int, command: str = "") -> bytes:
+    """The page of a study of so many cells, some of which may not have run yet. command: that repeats it."""
     columns = [*varied, "trained_on", "eval_model"]
     figures = [name for name in FIGURES if any(row[name] is not None for row in usable(rows))]
     metric, model, arms = headline(rows), chosen(rows, "eval_model", None), arms_of(rows)
@@ -62,12 +74,23 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int) 
         glance=_glance(rows, varied, metric, model, cells=cells),
         facts=Markup(json.dumps(facts).replace("<", "\\u003c")),  # no text of the data can end the script
         failed=[(", ".join(f"{key} {shown(row[key])}" for key in varied), row["reason"]) for row in failed.values()],
-        caption=caption(metric, model),
+        caption=caption(metric, model, arms),
         head=head,
         body=body,
         settings=max(1, len(varied)),
+        ablation=_ablation(rows, varied, model),
+        paired=PAIRED,
+        command=command,
     )
     return text.encode()
+
+
+def _ablation(rows: Sequence[Row], varied: Sequence[str], model: str) -> tuple[list[str], list[list[str]]] | None:
+    """Every other arm of the study minus the first; None where there is one, or nothing of the first is finished."""
+    first, unions = rows[0].get(ARM), [row for row in usable(rows) if row["trained_on"] == main_arm(rows)]
+    if ARM not in varied or not any(row[ARM] == first for row in unions if row["eval_model"] == model):
+        return None
+    return differences(rows, varied, ARM, str(first), figures_of(rows), model)
 
 
 def _glance(rows: Sequence[Row], varied: Sequence[str], metric: str, model: str, *, cells: int) -> list[dict[str, str]]:

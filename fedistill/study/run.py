@@ -67,7 +67,7 @@ def run_study(
     check_data(todo)
     with alone(out):
         share = max(1, (os.cpu_count() or 1) // jobs)
-        write_plan(study, cells, out, workers=share)
+        write_plan(study, cells, out, workers=share, command=command)
         write_results(out, study, cells)
         _send(study, cells, out, console, tracker)
         if todo:
@@ -154,13 +154,19 @@ def outcome(study: Study, cells: Sequence[Cell], out: Path) -> dict[str, Any]:
     }
 
 
-def write_plan(study: Study, cells: Sequence[Cell], out: Path, *, workers: int) -> None:
-    """`study.json`: what tells the cells apart, and the configuration of each, with its folders."""
+def write_plan(study: Study, cells: Sequence[Cell], out: Path, *, workers: int, command: str = "") -> None:
+    """`study.json`: what tells the cells apart, the configuration of each, with its folders, and what repeats the study."""
     configs = {}
     for cell in cells:
         place = {"out": str(out / "cells" / cell.key), "work": str(out / "work")}
         configs[cell.key] = replace(cell.config, **place, workers=cell.config.workers or workers).to_dict()  # type: ignore[arg-type]
-    about = {"study": study.name, "title": study.title, "varied": study.varied, "columns": study.columns}
+    about = {
+        "study": study.name,
+        "title": study.title,
+        "varied": study.varied,
+        "columns": study.columns,
+        "command": command,
+    }
     write_json(out / "study.json", about | {"names": {c.key: c.name for c in cells}, "configs": configs})
 
 

@@ -6,24 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from fedistill.bench.tables import paired
 from fedistill.config import Config
 from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.comparators import PRIVATE
 from fedistill.evaluation.metrics import mean_std
-from fedistill.report.tables import SHOWN, arm_name, arms_in_order, score, size, without_rounds
+from fedistill.report.tables import SHOWN, arm_name, arms_in_order, score, size, without_rounds, yardsticks
 from fedistill.study.plan import shown
 from fedistill.study.results import SCORES, Row, usable
 
 NOTHING = "–"
 MOST = 7  # arms that a line has room for
 ONCE = "An arm that is the same in several cells stands with the first."
+PAIRED = (
+    "Mean ± standard error over pairs of cell and seed that differ in nothing else (how many); the distilled union."
+)
 OF_DATA = tuple(f.name for f in fields(Config) if f.metadata["scope"] == "data")
 
 
-def headline(rows: Sequence[Row]) -> str:
-    """The figure on which the kind of task is compared; where kinds are mixed, the one that all have."""
+def figures_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What is shown of the kind of task, the headline first; where kinds are mixed, the one that all have."""
     kinds = {row["kind"] for row in usable(rows)}
-    return SHOWN[kinds.pop()][0] if len(kinds) == 1 else "balanced_accuracy"
+    return SHOWN[kinds.pop()] if len(kinds) == 1 else ("balanced_accuracy",)
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """The figure on which the kind of task is compared."""
+    return figures_of(rows)[0]
 
 
 def models_of(rows: Sequence[Row]) -> list[str]:
@@ -109,6 +118,33 @@ def identity(row: Row) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in (*OF_DATA, "eval_model", *SCORES, "images", "upload_bytes", "after_rounds"))
 
 
+def differences(
+    rows: Sequence[Row], varied: Sequence[str], column: str, base: str, metrics: Sequence[str], model: str
+) -> tuple[list[str], list[list[str]]]:
+    """Head and body of an ablation: every other value of `column` minus `base`, in each of `metrics` of the union, as mean ±
+    standard error over the pairs of cell and seed that differ in nothing else, and how many there are.
+
+    Raises `FedistillError` on a column that is not varied, and a value that is not in it.
+    """
+    if column not in varied:
+        raise unknown("setting that the study varies", column, varied)
+    union = main_arm(rows)
+    judged = [row for row in _judged(rows, model) if row["trained_on"] == union]
+    if base not in (values := list(dict.fromkeys(shown(row[column]) for row in judged))):
+        raise unknown(f"value of {column}", base, values)
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return (row["seed"], *(row[key] for key in varied if key != column))
+
+    bases = {place(row): row for row in judged if shown(row[column]) == base}
+    body = []
+    for value in (value for value in values if value != base):
+        both = [(row, bases[place(row)]) for row in judged if shown(row[column]) == value and place(row) in bases]
+        known = [[one[m] - other[m] for one, other in both if None not in (one[m], other[m])] for m in metrics]
+        body.append([f"{value} − {base}", *map(paired, known)])
+    return [column, *(SCORES[metric] for metric in metrics)], body
+
+
 def _by_cell(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -129,5 +165,6 @@ def spread(values: Sequence[float | None]) -> Mapping[str, Any]:
     return mean_std(list(values))
 
 
-def caption(metric: str, model: str) -> str:
-    return f"{SCORES[metric]} of a {model} trained on each; ± is the standard deviation over n seeds."
+def caption(metric: str, model: str, arms: Sequence[str]) -> str:
+    said = f"{SCORES[metric]} of a {model} trained on each; ± is the standard deviation over n seeds."
+    return f"{said} {yardsticks(arms)}".strip()

@@ -56,6 +56,9 @@ def test_every_figure_is_from_the_summary() -> None:
         assert f"{arm['images']}" in terminal
         assert size(arm["upload_bytes"]) in markdown
     assert "over networks" in terminal.replace("\n", " ")
+    real = "not private and never sent: Random real images, Centralised."
+    assert real in markdown
+    assert real in " ".join(terminal.split())
     assert markdown.index("Distilled union ★") < markdown.index("Random real images") < markdown.index("Centralised")
 
 

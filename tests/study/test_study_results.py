@@ -21,7 +21,7 @@ from fedistill.study.plan import Cell, Study, cells_of, read_study
 from fedistill.study.plots import axes_of, lines_of, write_plots
 from fedistill.study.results import FIGURES, Row, finished, read_folder, read_results, record_path, write_results
 from fedistill.study.run import forecast, refuse_foreign, run_study
-from fedistill.study.tables import cells_table, headline, table
+from fedistill.study.tables import cells_table, differences, headline, table
 
 TEXT = "seeds = 2\n[grid]\nmethod = ['cf', 'mtt']\nipc = [1, 10]"
 
@@ -148,6 +148,36 @@ def test_arms_that_reach_the_same_figure_by_chance_are_all_shown(arm: str, chang
     assert [line[0] for line in body if line[1] == arm_name(arm)] == cells
     lines = lines_of(rows, axes_of(rows, ["n"], x="upload_bytes", y="auc", by="", where={}))
     assert len([line for line in lines if line.name.endswith(arm_name(arm))]) == len(cells)
+
+
+def test_an_ablation_is_of_pairs_that_differ_in_nothing_else() -> None:
+    def row(arm: str, alpha: float, seed: int, score: float, **more: Any) -> Row:
+        figures = dict.fromkeys(FIGURES) | {"balanced_accuracy": score, "auc": score / 2}
+        about = {"cell": f"{arm}{alpha}", "arm": arm, "alpha": alpha, "eval_model": "mlp", "trained_on": "distilled"}
+        return figures | about | {"seed": seed, "kind": "multiclass", "status": "ok", "reason": ""} | more
+
+    rows = [
+        row("full", 0.1, 0, 0.5), row("full", 0.1, 1, 0.6), row("full", 1.0, 0, 0.9),
+        row("bare", 0.1, 0, 0.4), row("bare", 0.1, 1, 0.54), row("bare", 1.0, 0, 0.9), row("bare", 1.0, 1, 0.1),
+        row("bare", 0.1, 0, 0.0, trained_on="random_real"), row("bare", 0.1, 0, 0.0, eval_model="convnet"),
+    ]  # fmt: skip
+    head, body = differences(rows, ["arm", "alpha"], "arm", "full", ["balanced_accuracy", "auc"], "mlp")
+    assert head == ["arm", "Balanced accuracy", "AUC"]
+    assert body == [
+        ["bare − full", "−.053 ± .029 (3)", "−.027 ± .015 (3)"]
+    ]  # of -.1, -.06 and 0; seed 1 of alpha 1 has no pair
+    body = differences(rows, ["arm", "alpha"], "alpha", "0.1", ["balanced_accuracy"], "mlp")[1]
+    assert body == [["1 − 0.1", "+.153 ± .298 (3)"]]  # of .4, .5 and -.44
+    with pytest.raises(FedistillError, match="Unknown setting that the study varies 'alhpa': did you mean 'alpha'"):
+        differences(rows, ["arm", "alpha"], "alhpa", "0.1", ["auc"], "mlp")
+    with pytest.raises(FedistillError, match="Unknown value of arm 'ful': did you mean 'full'"):
+        differences(rows, ["arm", "alpha"], "arm", "ful", ["auc"], "mlp")
+    text = page("Ablation", rows, ["arm", "alpha"], cells=4, command="fedistill study run <ablation>").decode()
+    assert "−.053 ± .029 (3)" in text
+    assert "<code>fedistill study run &lt;ablation&gt;</code>" in text
+    rest = page("Ablation", [r for r in rows if r["arm"] == "full"], ["alpha"], cells=2).decode()
+    assert "Against the first arm" not in rest
+    assert "To repeat" not in rest
 
 
 def test_a_study_is_about_the_union_of_the_last_round() -> None:

@@ -216,4 +216,13 @@ def test_a_real_study_trains_no_expert_twice(monkeypatch, capsys, tmp_path: Path
     assert "| 500 | failed | failed | failed | failed | – | 0 |" in text
     code, text, err = fedistill(monkeypatch, capsys, "plot", out, "--x", "ipc", "--by", "trained_on", "--json")
     assert [Path(file).suffix for file in json.loads(text)["files"]] == [".svg", ".pdf", ".html"]
+    page = (out / "study.html").read_text()
+    assert f"<code>fedistill study run {path} --out {out} --jobs 2 --json</code>" in page
+    assert "not private and never sent: Random real images, Local only, Centralised." in page
+    code, text, err = fedistill(monkeypatch, capsys, "show", out, "--against", "ipc=1", "--json", "--metric", "auc")
+    lines = json.loads(text)["cells"]
+    ours = {(row["ipc"], row["seed"]): row["auc"] for row in rows if row["trained_on"] == "distilled"}
+    assert [(line["ipc"], line["AUC"][-4:]) for line in lines] == [("2 − 1", " (2)")]
+    mean = sum(ours[2, seed] - ours[1, seed] for seed in (0, 1)) / 2
+    assert float(lines[0]["AUC"].split()[0].replace("−", "-")) == pytest.approx(mean, abs=6e-4)
     assert all(path.stat().st_mtime == time for path, time in before.items())
