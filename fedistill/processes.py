@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,11 +18,29 @@ import fedistill
 from fedistill.errors import FedistillError
 
 STOP_SECONDS = 15.0
+CLUSTER_SECONDS = 10.0  # until a Ray cluster must have answered
 
 
 def start_engine(app: Path, script: str, out: Path) -> subprocess.Popen[bytes]:
-    """Run `simulations/<script> OUT PARENT` of `app` as a child process; what it says goes to `log.txt` in `out`."""
+    """Run `simulations/<script> OUT PARENT` of `app` as a child process; what it says goes to `log.txt` in `out`.
+
+    Raises `FedistillError` ("no-cluster") where RAY_ADDRESS names a Ray cluster that does not answer.
+    """
+    _check_cluster()
     return start_python([str(app / "simulations" / script), str(out), str(os.getpid())], out / "log.txt", str(app))
+
+
+def _check_cluster() -> None:
+    """Ray itself would try for many minutes, without a word."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():  # "auto", "local" or nothing
+        return
+    try:
+        socket.create_connection((host, int(port)), CLUSTER_SECONDS).close()
+    except (OSError, OverflowError):
+        sentence = f"RAY_ADDRESS={address}, but no Ray cluster answers there: start it, or unset RAY_ADDRESS."
+        raise FedistillError("no-cluster", sentence) from None
 
 
 def start_python(words: Sequence[str], log: Path, *paths: str) -> subprocess.Popen[bytes]:

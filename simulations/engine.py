@@ -77,10 +77,12 @@ def gpu_share(device: str, at_once: int) -> float:
 
 def start_ray(actors: int) -> None:
     """Start Ray before Flower does: Flower would not take our signal handler, object store and log level."""
-    local: dict[str, Any] = {}
-    if "RAY_ADDRESS" not in os.environ:  # "local": not a cluster that happens to run here
-        local = {"address": "local", "num_cpus": actors, "object_store_memory": OBJECT_STORE}
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, **local)
+    # "local": not a cluster that happens to run here
+    where: dict[str, Any] = {"address": "local", "num_cpus": actors, "object_store_memory": OBJECT_STORE}
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        path = os.pathsep.join((os.environ["PYTHONPATH"], "${PYTHONPATH}"))  # Ray puts each worker's own in
+        where = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}  # which does not inherit ours
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, **where)
     signal.signal(signal.SIGTERM, stop)
 
 

@@ -1,11 +1,16 @@
-"""Processes that are ended are gone."""
+"""Child processes: those that are ended are gone."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
-from fedistill.processes import end_all, start_time, tree_with_times
+import pytest
+
+from fedistill.errors import FedistillError
+from fedistill.processes import end_all, start_engine, start_time, tree_with_times
+from fedistill.rehearsal import free_port
 
 LARGE = "import time; held = bytes(range(256)) * 1_000_000; print(flush=True); time.sleep(600)"
 PARENT = f"""
@@ -33,3 +38,13 @@ def test_another_process_under_the_number_of_an_ended_one_is_left_alone() -> Non
         end_all({process.pid: "an earlier time"})
         assert process.poll() is None
         process.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    "form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:99999", "nowhere.invalid:6379"]
+)
+def test_a_ray_cluster_that_does_not_answer_is_said_at_once(monkeypatch, tmp_path: Path, form: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", form.format(port=free_port()))
+    with pytest.raises(FedistillError, match="but no Ray cluster answers there: start it, or unset RAY_ADDRESS"):
+        start_engine(tmp_path, "engine.py", tmp_path)
+    assert not list(tmp_path.iterdir())
