@@ -18,6 +18,7 @@ import fedistill
 from fedistill.errors import FedistillError
 
 STOP_SECONDS = 15.0
+CLEANING_SECONDS = 5.0
 CLUSTER_SECONDS = 10.0  # until a Ray cluster must have answered
 
 
@@ -70,13 +71,18 @@ def stop_engine(child: subprocess.Popen[bytes], below: dict[int, str]) -> None:
 
 
 def end_all(processes: Mapping[int, str]) -> None:
-    """End these processes, by number and start time, at once, and return when they are gone: a large one takes a while to die."""
-    end = time.monotonic() + STOP_SECONDS
+    """End these processes, by number and start time, at once, and return when they are gone: a large one takes a while to die.
+
+    Those that clean up after processes which were killed have a moment for it: images lie in shared memory.
+    """
+    began_at = time.monotonic()
     while left := [pid for pid, began in processes.items() if began and start_time(pid) == began]:
+        waited = time.monotonic() - began_at
         for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > end:
+            if waited > CLEANING_SECONDS or "resource_tracker" not in _text(pid, "cmdline"):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if waited > STOP_SECONDS:
             return
         time.sleep(0.01)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ print(flush=True)
 time.sleep(600)
 """
 
+WITH_IMAGES = """
+import time, joblib, numpy
+def train(images):
+    time.sleep(600)
+joblib.Parallel(2, backend="loky")(joblib.delayed(train)(numpy.zeros(2_000_000)) for _ in range(2))
+"""
+
 
 def test_large_processes_below_another_are_gone_when_all_have_been_ended() -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE) as parent:
@@ -38,6 +46,17 @@ def test_another_process_under_the_number_of_an_ended_one_is_left_alone() -> Non
         end_all({process.pid: "an earlier time"})
         assert process.poll() is None
         process.communicate(b"\n")
+
+
+def test_images_that_ended_processes_shared_are_gone(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JOBLIB_TEMP_FOLDER", str(tmp_path))  # in place of shared memory
+    with subprocess.Popen([sys.executable, "-c", WITH_IMAGES]) as parent:
+        until = time.monotonic() + 60
+        while not list(tmp_path.rglob("*.pkl")) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert list(tmp_path.rglob("*.pkl"))
+        end_all(tree_with_times(parent.pid))
+    assert not list(tmp_path.rglob("*.pkl"))
 
 
 @pytest.mark.parametrize(
