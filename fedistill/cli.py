@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -419,7 +420,7 @@ def main() -> None:
     except FedistillError as error:
         sentence = error.sentence
     except OSError as error:
-        if error.strerror is None:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EIO):
             raise
         sentence = f"{error.filename or 'A file'} cannot be read or written: {error.strerror}."
     else:

@@ -25,21 +25,21 @@ CLUSTER_SECONDS = 10.0  # until a Ray cluster must have answered
 def start_engine(app: Path, script: str, out: Path) -> subprocess.Popen[bytes]:
     """Run `simulations/<script> OUT PARENT` of `app` as a child process; what it says goes to `log.txt` in `out`.
 
-    Raises `FedistillError` ("no-cluster") where RAY_ADDRESS names a Ray cluster that does not answer.
+    Raises `FedistillError` as `check_cluster` does.
     """
-    _check_cluster()
+    check_cluster()
     return start_python([str(app / "simulations" / script), str(out), str(os.getpid())], out / "log.txt", str(app))
 
 
-def _check_cluster() -> None:
-    """Ray itself would try for many minutes, without a word."""
+def check_cluster() -> None:
+    """Raise `FedistillError` ("no-cluster") where RAY_ADDRESS names a cluster that does not answer: Ray tries for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():  # "auto", "local" or nothing
         return
     try:
-        socket.create_connection((host, int(port)), CLUSTER_SECONDS).close()
-    except (OSError, OverflowError):
+        socket.create_connection((host.strip("[]"), int(port)), CLUSTER_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError):
         sentence = f"RAY_ADDRESS={address}, but no Ray cluster answers there: start it, or unset RAY_ADDRESS."
         raise FedistillError("no-cluster", sentence) from None
 
@@ -164,6 +164,6 @@ def memory_of(pid: int) -> int:
 
 def _text(pid: int, name: str) -> str:
     try:
-        return Path(f"/proc/{pid}/{name}").read_text()
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")  # a path may be in any encoding
     except OSError:
         return ""

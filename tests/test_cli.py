@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -98,6 +100,25 @@ def test_mistakes_are_one_sentence_and_exit_code_2(fedistill, tmp_path, monkeypa
     assert "Traceback" not in err
     assert out == ""
     assert not list(tmp_path.rglob("config.json"))  # no run was begun
+
+
+def test_only_what_is_wrong_with_a_file_is_said_of_files(monkeypatch, capsys) -> None:
+    for error, sentence in (
+        (
+            PermissionError(errno.EACCES, "Permission denied", "there/file"),
+            "there/file cannot be read or written: Permission denied.",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "A file cannot be read or written: No space left on device.",
+        ),
+    ):
+        monkeypatch.setattr(cli, "app", Mock(side_effect=error))
+        code, _, err = run("simulate", monkeypatch=monkeypatch, capsys=capsys)
+        assert (code, err) == (2, f"Error: {sentence}")
+    monkeypatch.setattr(cli, "app", Mock(side_effect=ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")))
+    with pytest.raises(ConnectionRefusedError):
+        cli.main()
 
 
 def test_a_folder_of_another_run_is_refused_and_kept(fedistill, tmp_path: Path) -> None:

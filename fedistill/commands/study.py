@@ -157,7 +157,10 @@ def show(
     notes += [f"Failed: {about['names'].get(cell, cell)}: {reason}" for cell, reason in failed.items()]
     if as_json:
         lines = [dict(zip(head, line, strict=True)) for line in body]
-        print(json.dumps({"metric": metric, "model": model, "cells": lines, "notes": notes}, indent=1))
+        about_them = (
+            {"metric": metric, "model": model} if against is None else {"metrics": list(metrics), "model": model}
+        )
+        print(json.dumps(about_them | {"pairs" if against else "cells": lines, "notes": notes}, indent=1))
     elif markdown:
         print("\n\n".join([f"**{about['title']}**", markdown_table(head, body), *notes]))
     else:

@@ -43,8 +43,7 @@ def load_data(config: Config) -> Dataset:
 
 
 def _load(config: Config) -> Dataset:
-    source = config.data.strip()
-    path = place_of(source)
+    source, path = config.data.strip(), place_of(config.data)
     if path is None:
         return phantom_data(config) if source == "phantom" else load_medmnist(source, config.image_size)
     if path.is_dir():
@@ -60,6 +59,7 @@ def _load(config: Config) -> Dataset:
 
 def place_of(source: str) -> Path | None:
     """The file or folder that a data source names; None where its name is all. Raises `FedistillError` where there is none."""
+    source = source.strip()
     if source == "phantom" or source in MEDMNIST:
         return None
     path = Path(source)

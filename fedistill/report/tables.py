@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
@@ -95,9 +95,9 @@ def best_means(summary: Mapping[str, Any]) -> str:
     return f"{BEST} higher {spoken(charted(summary)[0])} of the two arms with the same budget of images"
 
 
-def yardsticks(arms: Iterable[str]) -> str:
+def yardsticks(arms: Collection[str]) -> str:
     """Which of the arms no privacy protects, for below a table; empty where there is none."""
-    found = [arm_name(arm) for arm in YARDSTICKS if arm in set(arms)]
+    found = [arm_name(arm) for arm in YARDSTICKS if arm in arms]
     return f"Yardsticks on real images, not private and never sent: {', '.join(found)}." if found else ""
 
 

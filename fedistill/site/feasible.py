@@ -47,7 +47,8 @@ def check_words(config: Config) -> None:
     shown_rounds(config)
     if config.augment != "auto":
         parse_operations(config.augment)
-    for name in (*architectures_of(config), *architectures(config)):
+    architectures(config)
+    for name in architectures_of(config):
         if name not in MODELS:
             raise unknown("model", name, MODELS)
 

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from fedistill.errors import FedistillError
 from fedistill.files import write_bytes
 from fedistill.report import tables
 from fedistill.report.curves import PALETTE
@@ -41,13 +42,19 @@ def write_page(folder: Path) -> Path:
     about, rows = read_folder(folder)
     chosen(rows, "eval_model", None)  # something is finished
     path = folder / "study.html"
-    command = about.get("command", "")
-    write_bytes(path, page(about["title"], rows, about["varied"], cells=len(about["names"]), command=command))
+    first, command = about.get("arms", [""])[0], about.get("command", "")
+    text = page(about["title"], rows, about["varied"], cells=len(about["names"]), first=first, command=command)
+    write_bytes(path, text)
     return path
 
 
-def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int, command: str = "") -> bytes:
-    """The page of a study of so many cells, some of which may not have run yet. command: that repeats it."""
+def page(
+    title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int, first: str = "", command: str = ""
+) -> bytes:
+    """The page of a study of so many cells, some of which may not have run yet.
+
+    first: the arm of the study that the others are held against. command: what repeats it.
+    """
     columns = [*varied, "trained_on", "eval_model"]
     figures = [name for name in FIGURES if any(row[name] is not None for row in usable(rows))]
     metric, model, arms = headline(rows), chosen(rows, "eval_model", None), arms_of(rows)
@@ -78,19 +85,24 @@ def page(title: str, rows: Sequence[Row], varied: Sequence[str], *, cells: int, 
         head=head,
         body=body,
         settings=max(1, len(varied)),
-        ablation=_ablation(rows, varied, model),
+        ablation=_ablation(rows, varied, first, model),
         paired=PAIRED,
         command=command,
     )
     return text.encode()
 
 
-def _ablation(rows: Sequence[Row], varied: Sequence[str], model: str) -> tuple[list[str], list[list[str]]] | None:
-    """Every other arm of the study minus the first; None where there is one, or nothing of the first is finished."""
-    first, unions = rows[0].get(ARM), [row for row in usable(rows) if row["trained_on"] == main_arm(rows)]
-    if ARM not in varied or not any(row[ARM] == first for row in unions if row["eval_model"] == model):
+def _ablation(
+    rows: Sequence[Row], varied: Sequence[str], first: str, model: str
+) -> tuple[list[str], list[list[str]]] | None:
+    """Every other arm of the study minus the first; None where there is one, or not both are finished."""
+    if ARM not in varied:
         return None
-    return differences(rows, varied, ARM, str(first), figures_of(rows), model)
+    try:
+        head, body = differences(rows, varied, ARM, first, figures_of(rows), model)
+    except FedistillError:  # nothing of the first
+        return None
+    return (head, body) if body else None
 
 
 def _glance(rows: Sequence[Row], varied: Sequence[str], metric: str, model: str, *, cells: int) -> list[dict[str, str]]:

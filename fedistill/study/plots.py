@@ -112,7 +112,8 @@ def lines_of(rows: Sequence[Row], axes: Axes) -> list[Line]:
             continue
         line = tuple(row[key] for key in axes.by)
         found.setdefault(line, {}).setdefault(row[axes.x], []).append(row[axes.y])
-        marks.setdefault(line, []).append(identity(row))
+        if FAMILY in axes.by:
+            marks.setdefault(line, []).append(identity(row))
     if FAMILY not in axes.by:
         return [Line(name=_name(axes.by, key), points=points) for key, points in found.items()]
     place = axes.by.index(FAMILY)

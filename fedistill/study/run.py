@@ -20,7 +20,7 @@ from rich.console import Console
 from fedistill.errors import FedistillError
 from fedistill.events import refuse_foreign as refuse_foreign_folder
 from fedistill.files import write_json
-from fedistill.processes import alone, start_python, stop_engine, terminate_is_interrupt, tree_with_times
+from fedistill.processes import alone, check_cluster, start_python, stop_engine, terminate_is_interrupt, tree_with_times
 from fedistill.report.tables import duration
 from fedistill.study.cost import Estimate, disk_of, estimates
 from fedistill.study.plan import Cell, Study
@@ -64,6 +64,8 @@ def run_study(
         check_tracker(tracker)
     refuse_foreign(out, study)
     todo = [cell for cell in cells if not finished(out, cell)]
+    if todo:
+        check_cluster()
     check_data(todo)
     with alone(out):
         share = max(1, (os.cpu_count() or 1) // jobs)
@@ -163,6 +165,7 @@ def write_plan(study: Study, cells: Sequence[Cell], out: Path, *, workers: int, 
     about = {
         "study": study.name,
         "title": study.title,
+        "arms": list(study.arms),
         "varied": study.varied,
         "columns": study.columns,
         "command": command,

@@ -124,14 +124,17 @@ def differences(
     """Head and body of an ablation: every other value of `column` minus `base`, in each of `metrics` of the union, as mean ±
     standard error over the pairs of cell and seed that differ in nothing else, and how many there are.
 
-    Raises `FedistillError` on a column that is not varied, and a value that is not in it.
+    Raises `FedistillError` on a column that is not varied, and a value that is not in it or of which nothing is finished.
     """
     if column not in varied:
         raise unknown("setting that the study varies", column, varied)
     union = main_arm(rows)
     judged = [row for row in _judged(rows, model) if row["trained_on"] == union]
-    if base not in (values := list(dict.fromkeys(shown(row[column]) for row in judged))):
-        raise unknown(f"value of {column}", base, values)
+    if base not in (known := list(dict.fromkeys(shown(row[column]) for row in rows))):
+        raise unknown(f"value of {column}", base, known)
+    values = list(dict.fromkeys(shown(row[column]) for row in judged))
+    if base not in values:
+        raise FedistillError("no-results", f"No cell with {column} {base} is finished.")
 
     def place(row: Row) -> tuple[Any, ...]:
         return (row["seed"], *(row[key] for key in varied if key != column))
@@ -140,8 +143,8 @@ def differences(
     body = []
     for value in (value for value in values if value != base):
         both = [(row, bases[place(row)]) for row in judged if shown(row[column]) == value and place(row) in bases]
-        known = [[one[m] - other[m] for one, other in both if None not in (one[m], other[m])] for m in metrics]
-        body.append([f"{value} − {base}", *map(paired, known)])
+        each = [[one[m] - other[m] for one, other in both if None not in (one[m], other[m])] for m in metrics]
+        body.append([f"{value} − {base}", *map(paired, each)])
     return [column, *(SCORES[metric] for metric in metrics)], body
 
 

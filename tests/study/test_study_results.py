@@ -170,11 +170,20 @@ def test_an_ablation_is_of_pairs_that_differ_in_nothing_else() -> None:
     assert body == [["1 − 0.1", "+.153 ± .298 (3)"]]  # of .4, .5 and -.44
     with pytest.raises(FedistillError, match="Unknown setting that the study varies 'alhpa': did you mean 'alpha'"):
         differences(rows, ["arm", "alpha"], "alhpa", "0.1", ["auc"], "mlp")
+    failed = [row | {"status": "failed"} if row["arm"] == "full" else row for row in rows]
+    with pytest.raises(FedistillError, match=r"No cell with arm full is finished\."):
+        differences(failed, ["arm", "alpha"], "arm", "full", ["auc"], "mlp")
     with pytest.raises(FedistillError, match="Unknown value of arm 'ful': did you mean 'full'"):
         differences(rows, ["arm", "alpha"], "arm", "ful", ["auc"], "mlp")
-    text = page("Ablation", rows, ["arm", "alpha"], cells=4, command="fedistill study run <ablation>").decode()
+    text = page("Ablation", rows, ["arm", "alpha"], cells=4, first="full", command="study run <ablation>").decode()
     assert "−.053 ± .029 (3)" in text
-    assert "<code>fedistill study run &lt;ablation&gt;</code>" in text
+    assert "<code>study run &lt;ablation&gt;</code>" in text
+    late = [row for row in rows if row["arm"] == "bare" or row["alpha"] == 1.0]  # the first cell is still to come
+    late.sort(key=lambda row: str(row["arm"]))
+    assert "bare − full" in page("Ablation", late, ["arm", "alpha"], cells=4, first="full").decode()
+    for unfinished in ("full", "bare"):
+        some = [row for row in rows if row["arm"] != unfinished]
+        assert "Against the first arm" not in page("Ablation", some, ["arm", "alpha"], cells=4, first="full").decode()
     rest = page("Ablation", [r for r in rows if r["arm"] == "full"], ["alpha"], cells=2).decode()
     assert "Against the first arm" not in rest
     assert "To repeat" not in rest
@@ -242,7 +251,7 @@ def test_plots_are_vectors_and_the_same_each_time(ended, tmp_path: Path) -> None
 
 
 def test_without_privacy_there_is_a_line_across(tmp_path: Path) -> None:
-    base = {"cell": "a", "status": "ok", "kind": "multiclass", "eval_model": "mlp", "trained_on": "distilled"}
+    base = {"status": "ok", "kind": "multiclass", "eval_model": "mlp", "trained_on": "distilled"}
     rows = [base | {"epsilon": e, "seed": s, "auc": 0.7 + s / 9 - e / 90} for e in (0.0, 1.0, 10.0) for s in (0, 1)]
     axes = axes_of(rows, ["epsilon"], x="epsilon", y="auc", by="", where={})
     svg, _ = write_plots(rows, axes, "Privacy", tmp_path)

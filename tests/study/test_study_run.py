@@ -220,7 +220,9 @@ def test_a_real_study_trains_no_expert_twice(monkeypatch, capsys, tmp_path: Path
     assert f"<code>fedistill study run {path} --out {out} --jobs 2 --json</code>" in page
     assert "not private and never sent: Random real images, Local only, Centralised." in page
     code, text, err = fedistill(monkeypatch, capsys, "show", out, "--against", "ipc=1", "--json", "--metric", "auc")
-    lines = json.loads(text)["cells"]
+    told = json.loads(text)
+    lines = told["pairs"]
+    assert told["metrics"] == ["auc"]
     ours = {(row["ipc"], row["seed"]): row["auc"] for row in rows if row["trained_on"] == "distilled"}
     assert [(line["ipc"], line["AUC"][-4:]) for line in lines] == [("2 − 1", " (2)")]
     mean = sum(ours[2, seed] - ours[1, seed] for seed in (0, 1)) / 2
