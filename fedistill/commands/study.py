@@ -126,17 +126,7 @@ def show(
     """Table of what the cells reached: mean and deviation over seeds; or, with --against, an ablation."""
     from fedistill.bench.tables import markdown_table
     from fedistill.study.results import SCORES, read_folder
-    from fedistill.study.tables import (
-        ONCE,
-        PAIRED,
-        arms_of,
-        caption,
-        cells_table,
-        chosen,
-        differences,
-        figures_of,
-        table,
-    )
+    from fedistill.study.tables import ONCE, PAIRED, caption, cells_table, chosen, differences, figures_of, table
 
     about, rows = read_folder(_folder(out))
     if metric is not None and metric not in SCORES:
@@ -146,7 +136,7 @@ def show(
     metric = metrics[0]
     if against is None:
         head, body = (cells_table if as_json else table)(rows, about["varied"], metric, model)
-        notes = [caption(metric, model, arms_of(rows)), *([ONCE] if "Trained on" in head else [])]
+        notes = [caption(rows, metric, model), *([ONCE] if "Trained on" in head else [])]
     else:
         key, value = next(iter(pairs([against], "--against").items()))
         head, body = differences(rows, about["varied"], key, value, metrics, model)
@@ -157,10 +147,8 @@ def show(
     notes += [f"Failed: {about['names'].get(cell, cell)}: {reason}" for cell, reason in failed.items()]
     if as_json:
         lines = [dict(zip(head, line, strict=True)) for line in body]
-        about_them = (
-            {"metric": metric, "model": model} if against is None else {"metrics": list(metrics), "model": model}
-        )
-        print(json.dumps(about_them | {"pairs" if against else "cells": lines, "notes": notes}, indent=1))
+        told = {"metric": metric, "cells": lines} if against is None else {"metrics": metrics, "pairs": lines}
+        print(json.dumps({"model": model} | told | {"notes": notes}, indent=1))
     elif markdown:
         print("\n\n".join([f"**{about['title']}**", markdown_table(head, body), *notes]))
     else:

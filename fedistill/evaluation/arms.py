@@ -15,13 +15,13 @@ from torch import Tensor
 from fedistill.config import ALGORITHM, Config, listed
 from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import Partition
-from fedistill.errors import FedistillError, unknown
+from fedistill.errors import FedistillError
 from fedistill.evaluation.fit import LEARNING_RATES, Material, Result, fit_all, of_split, predict, select_and_test
 from fedistill.evaluation.metrics import counts_of, mean_std
 from fedistill.experts.train import Task
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.models.flat import Flat, device_of
-from fedistill.models.nets import MODELS
+from fedistill.models.nets import known_model
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet
@@ -46,11 +46,7 @@ class Arm:
 
 def architectures(config: Config) -> list[str]:
     """The global models of a run, the headline first. Raises `FedistillError` on an unknown name."""
-    names = listed(config.eval_models)
-    for name in names:
-        if name not in MODELS:
-            raise unknown("model", name, MODELS)
-    return names or ["convnet"]
+    return [known_model(name) for name in listed(config.eval_models)] or ["convnet"]
 
 
 def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], seed: int) -> Split:

@@ -21,7 +21,7 @@ from fedistill.memory import one_thread
 from fedistill.models.augment import augment, draw, parse_operations
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import class_weights, loss_of, targets_of
-from fedistill.models.nets import build
+from fedistill.models.nets import build, known_model
 from fedistill.seeding import generator
 
 
@@ -53,8 +53,8 @@ class Task:
 
 
 def architectures_of(config: Config) -> list[str]:
-    """The pool of architectures: expert e has the e-th, in turns. Raises `FedistillError` where there is none."""
-    names = listed(config.model)
+    """The pool of architectures: expert e has the e-th, in turns. Raises `FedistillError` where there is none, or no such one."""
+    names = [known_model(name) for name in listed(config.model)]
     if not names:
         raise FedistillError("bad-value", "model is empty: name at least one architecture.")
     return names

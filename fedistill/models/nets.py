@@ -116,14 +116,20 @@ class ResNet18(nn.Module):
 MODELS: dict[str, Callable[..., nn.Module]] = {"convnet": ConvNet, "mlp": MLP, "resnet18": ResNet18}
 
 
+def known_model(name: str) -> str:
+    """`name` itself; raises `FedistillError` with the nearest valid name when there is no such architecture."""
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    return name
+
+
 def build(name: str, geometry: tuple[int, ...], classes: int, *, width: int = 32, depth: int = 3) -> nn.Module:
     """A network for images of `geometry` (C, H, W) or volumes (C, D, H, W). `width` and `depth` are the ConvNet's.
 
     Raises `FedistillError` on an unknown name, on more blocks than the images have room for, and on a network that takes
     no volumes.
     """
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
+    known_model(name)
     channels, size = geometry[0], geometry[1:]
     if name == "convnet":
         if min(size) >> depth < 1:

@@ -122,7 +122,7 @@ def arms_in_order(arms: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
 
 def arms_table(summary: Mapping[str, Any]) -> Table:
     """One row per arm: the metrics of the kind of task as mean ± deviation, images and upload."""
-    table = bare_table("Global model on the pooled test images", caption=_below_arms(summary))
+    table = bare_table("Global model on the pooled test images", caption=below_arms(summary))
     table.add_column("Arm", overflow="fold")
     for title in _arm_columns(summary):
         table.add_column(title, justify="right")
@@ -136,10 +136,11 @@ def arms_markdown(summary: Mapping[str, Any]) -> str:
     columns = _arm_columns(summary)
     lines = [["Arm", *columns], ["---"] + ["---:"] * len(columns), *_arm_rows(summary)]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"{table}\n\n{_below_arms(summary)}\n"
+    return f"{table}\n\n{below_arms(summary)}\n"
 
 
-def _below_arms(summary: Mapping[str, Any]) -> str:
+def below_arms(summary: Mapping[str, Any]) -> str:
+    """What ± and the star mean, and which arms are yardsticks."""
     return f"{deviation(summary)} {best_means(summary)}. {yardsticks(summary.get('arms') or {})}".strip()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
-from fedistill.errors import FedistillError, unknown
+from fedistill.errors import FedistillError
 from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import shown_rounds
 from fedistill.evaluation.comparators import comparators
@@ -13,7 +13,6 @@ from fedistill.matching.problem import check_segment
 from fedistill.methods.registry import method_of
 from fedistill.models.augment import parse_operations
 from fedistill.models.flat import device_of
-from fedistill.models.nets import MODELS
 from fedistill.privacy.rules import check_private
 
 
@@ -47,10 +46,8 @@ def check_words(config: Config) -> None:
     shown_rounds(config)
     if config.augment != "auto":
         parse_operations(config.augment)
+    architectures_of(config)
     architectures(config)
-    for name in architectures_of(config):
-        if name not in MODELS:
-            raise unknown("model", name, MODELS)
 
 
 def check_settings(config: Config, task: Task) -> None:

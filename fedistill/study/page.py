@@ -26,7 +26,6 @@ from fedistill.study.tables import (
     chosen,
     differences,
     figures_of,
-    headline,
     main_arm,
     spread,
 )
@@ -57,7 +56,7 @@ def page(
     """
     columns = [*varied, "trained_on", "eval_model"]
     figures = [name for name in FIGURES if any(row[name] is not None for row in usable(rows))]
-    metric, model, arms = headline(rows), chosen(rows, "eval_model", None), arms_of(rows)
+    metric, model, arms = figures_of(rows)[0], chosen(rows, "eval_model", None), arms_of(rows)
     facts = {
         "columns": columns,
         "figures": figures,
@@ -81,7 +80,7 @@ def page(
         glance=_glance(rows, varied, metric, model, cells=cells),
         facts=Markup(json.dumps(facts).replace("<", "\\u003c")),  # no text of the data can end the script
         failed=[(", ".join(f"{key} {shown(row[key])}" for key in varied), row["reason"]) for row in failed.values()],
-        caption=caption(metric, model, arms),
+        caption=caption(rows, metric, model),
         head=head,
         body=body,
         settings=max(1, len(varied)),

@@ -168,6 +168,6 @@ def spread(values: Sequence[float | None]) -> Mapping[str, Any]:
     return mean_std(list(values))
 
 
-def caption(metric: str, model: str, arms: Sequence[str]) -> str:
+def caption(rows: Sequence[Row], metric: str, model: str) -> str:
     said = f"{SCORES[metric]} of a {model} trained on each; ± is the standard deviation over n seeds."
-    return f"{said} {yardsticks(arms)}".strip()
+    return f"{said} {yardsticks(arms_of(rows))}".strip()
