@@ -120,6 +120,14 @@ class Config:
         scope="distill",
         choices=BUDGETS,
     )
+    formation: int = _key(
+        1,
+        "2: keep four images of half the size (volumes: eight) in the place of one, enlarged where they are used; 3: nine of a "
+        "third; ipc counts places, so the bytes stay as they are (IDC's multi-formation)",
+        scope="distill",
+        low=1,
+        high=8,
+    )
     init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))
     labels: str = _key(
         "auto",

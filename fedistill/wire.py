@@ -1,6 +1,7 @@
 """A synthetic set as plain arrays and one JSON text: what travels between a site and the server, and lies on disk.
 
-    pixels  (m, C, H, W) uint8      x̂ = low + (high - low) q / 255, per image; volumes (m, C, D, H, W)
+    pixels  (m, C, H, W) uint8      x̂ = low + (high - low) q / 255, per image; volumes (m, C, D, H, W); with a scale the small
+                                    images that `models.enlarge` makes those of the set of
     range   (m, 2)       float32    low and high of each image
     labels  (m,)         uint8      class index where every label is one-hot and K <= 256, else
             (m, K)       float16    the distributions; for multilabel always this, a probability per finding
@@ -25,14 +26,17 @@ import torch
 from numpy.typing import NDArray
 
 from fedistill.errors import FedistillError
+from fedistill.models.enlarge import enlarge
 from fedistill.models.loss import KINDS
 from fedistill.synthetic.set import SyntheticSet
 
 FORMAT = "fedistill-set/2"
+SCALED = "fedistill-set/3"  # with `scale`, above 1
 MAX_IMAGES = 1_000_000
 MAX_VALUES = 2**28  # decoded pixels of one set: 1 GiB of float32
 MAX_LABELS = 2**26  # probabilities of one set: 256 MiB of float32
 MAX_TEXT = 2**22
+MAX_SCALE = 8
 MAX_DEPTH = 40  # lists and records in each other
 MAX_ARRAYS = 1000  # of one message
 MAX_BYTES = 2**31  # of the arrays of one message
@@ -67,7 +71,7 @@ def encode(synthetic: SyntheticSet) -> tuple[Arrays, str]:
 
     Raises `FedistillError` ("bad-set") on pixels or labels that are not finite, and on a manifest that is not JSON.
     """
-    images = synthetic.images.detach().cpu().numpy().astype(np.float32)
+    images = synthetic.stored.detach().cpu().numpy().astype(np.float32)
     labels = synthetic.labels.detach().cpu().numpy().astype(np.float32)
     if len(images) == 0 or not (np.isfinite(images).all() and np.isfinite(labels).all()):
         _refuse("it has no images, or values that are not finite")
@@ -84,7 +88,7 @@ def encode(synthetic: SyntheticSet) -> tuple[Arrays, str]:
         "site": synthetic.site.cpu().numpy().astype(np.uint16),
     }
     meta = {
-        "format": FORMAT,
+        "format": FORMAT if synthetic.scale == 1 else SCALED,
         "sites": list(synthetic.sites),
         "class_names": list(synthetic.class_names),
         "mean": float(synthetic.mean),
@@ -94,6 +98,8 @@ def encode(synthetic: SyntheticSet) -> tuple[Arrays, str]:
         "step_size": [float(s) for s in synthetic.step_size],
         "manifest": synthetic.manifest,
     }
+    if synthetic.scale > 1:
+        meta["scale"] = synthetic.scale
     try:
         return arrays, json.dumps(meta, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError):
@@ -118,11 +124,12 @@ def decode(
     if set(arrays) != {"pixels", "range", "labels", "site"}:
         _refuse("its arrays are not pixels, range, labels and site")
     pixels, span, labels, site = (np.asarray(arrays[k]) for k in ("pixels", "range", "labels", "site"))
-    m = len(pixels) if pixels.ndim in (4, 5) else 0
-    if pixels.dtype != np.uint8 or not 0 < m <= max_images or 0 in pixels.shape or pixels.size > MAX_VALUES:
+    m, scale = len(pixels) if pixels.ndim in (4, 5) else 0, meta.get("scale", 1)
+    shape = (*pixels.shape[1:2], *(side * scale for side in pixels.shape[2:]))
+    if pixels.dtype != np.uint8 or not 0 < m <= max_images or 0 in pixels.shape or m * math.prod(shape) > MAX_VALUES:
         _refuse(f"its pixels are not 1 to {max_images} images of 8 bits")
-    if geometry is not None and pixels.shape[1:] != tuple(geometry):
-        _refuse(f"its images are {'x'.join(map(str, pixels.shape[1:]))}, not {'x'.join(map(str, geometry))}")
+    if geometry is not None and shape != tuple(geometry):
+        _refuse(f"its images are {'x'.join(map(str, shape))}, not {'x'.join(map(str, geometry))}")
     if m * classes > MAX_LABELS:
         _refuse(f"it has {m} images of {classes} classes, and more than {MAX_LABELS} probabilities are too many")
     if span.dtype != np.float32 or span.shape != (m, 2) or not np.isfinite(span).all():
@@ -136,7 +143,7 @@ def decode(
     decoded = _decode_labels(labels, m, classes, meta["kind"])
     step_size = tuple(float(s) for s in meta["step_size"])
     return SyntheticSet(
-        images=torch.from_numpy(_decode_pixels(pixels, span)),
+        images=enlarge(torch.from_numpy(_decode_pixels(pixels, span)), scale),
         labels=torch.from_numpy(decoded),
         site=torch.from_numpy(site.astype(np.int64)),
         sites=tuple(meta["sites"]),
@@ -147,6 +154,7 @@ def decode(
         step_size=step_size,
         manifest=meta["manifest"],
         kind=meta["kind"],
+        scale=scale,
     )
 
 
@@ -278,10 +286,16 @@ def _meta(text: str) -> dict[str, Any]:
         meta = strict_json(text)
     except ValueError:
         _refuse("its description is not JSON")
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        _refuse(f"its format is not {FORMAT}: the site and the server must run the same version of fedistill")
-    if set(meta) != set(_META) or not all(isinstance(meta[k], kind) for k, kind in _META.items()):
+    if not isinstance(meta, dict) or meta.get("format") not in (FORMAT, SCALED):
+        _refuse(
+            f"its format is neither {FORMAT} nor {SCALED}: the site and the server must run the same version of fedistill"
+        )
+    scaled = meta["format"] == SCALED
+    wanted = _META | ({"scale": int} if scaled else {})
+    if set(meta) != set(wanted) or not all(isinstance(meta[k], kind) for k, kind in wanted.items()):
         _refuse("its description lacks a field, or has one of another type")
+    if scaled and (type(meta["scale"]) is not int or not 1 < meta["scale"] <= MAX_SCALE):
+        _refuse(f"its scale is not 2 to {MAX_SCALE}")
     if meta["kind"] not in KINDS:
         _refuse(f"its kind of task is none of {', '.join(KINDS)}")
     for name in ("sites", "class_names"):

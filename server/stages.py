@@ -29,7 +29,7 @@ from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json, write_tensors
-from fedistill.matching.problem import budget_of
+from fedistill.matching.problem import budget_of, images_per_class
 from fedistill.methods.registry import method_of
 from fedistill.release.claim import check_promise
 from fedistill.synthetic.check import check_set, most_images
@@ -276,8 +276,9 @@ def _validated(
 def _merged(run: Run, task: Task, sets: Mapping[str, SyntheticSet], val: Split | None) -> SyntheticSet:
     """The union of the sets that the setting `merge` lets in. What was found about each is in `suspects.json`."""
     config, made, about = run.config, list(sets.values()), run.sites()
-    counts = {site: about[site]["counts"] or [config.ipc] * task.classes for site in sets}
-    budgets = {site: budget_of(counts[site], config.ipc, config.budget) for site in sets}
+    ipc = images_per_class(config, task.geometry)
+    counts = {site: about[site]["counts"] or [ipc] * task.classes for site in sets}
+    budgets = {site: budget_of(counts[site], ipc, config.budget) for site in sets}
     robust = config.merge == "robust"
     seen = influences_of(config, task, made, val) if robust and val is not None else None
     found = judge(made, budgets, seen)
@@ -305,7 +306,8 @@ def _distil(
     opening = "experts" if method_of(run.config).prepares else "distill"
     phases = dict.fromkeys((nodes[node] for node in first), opening)
     # where counts are private, each class may have its whole budget
-    counts = {name: about["counts"] or [run.config.ipc] * task.classes for name, about in run.sites().items()}
+    ipc = images_per_class(run.config, task.geometry)
+    counts = {name: about["counts"] or [ipc] * task.classes for name, about in run.sites().items()}
     for site in phases:
         run.note(site, opening, "start")
 
@@ -329,10 +331,10 @@ def _distil(
         run.curve(site, now["curve"])
         if not ready:
             return first[node]
-        ipc, policy = run.config.ipc, run.config.budget
+        policy, scale = run.config.budget, run.config.formation
         most = most_images(task, ipc=ipc, counts=counts[site], policy=policy)
         made, sent = read_set(content, max_images=most, geometry=task.geometry, classes=task.classes)
-        check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy)
+        check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy, scale=scale)
         if run.private:
             check_promise(made, run.config, records=run.sites()[site]["train"])
         save_set(made, run.set_folder(round, site))

@@ -59,6 +59,12 @@ def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], se
     return data.train.take(torch.cat(chosen))
 
 
+def budget_in_whole_images(made: SyntheticSet, counts: Tensor) -> list[int]:
+    """As many images of the whole size per class as take the bytes of `counts (K,)` images of the set, rounded up."""
+    places = made.scale ** len(made.geometry[1:])
+    return [-(-n // places) for n in counts.tolist()]
+
+
 def draw_of_each(labels: Tensor, counts: Sequence[int], rng: torch.Generator) -> Tensor:
     """Random positions in `labels` `(n,)`, `counts[c]` of each class c; in labels of several findings `(n, K)` as many in all."""
     if labels.dim() == 2:
@@ -88,7 +94,9 @@ def all_arms(
         counts all that were done, though an earlier one may have been the best.
     """
     counts = {
-        name: torch.bincount(merged.groups[merged.of_site(name)], minlength=data.classes).tolist()
+        name: budget_in_whole_images(
+            merged, torch.bincount(merged.groups[merged.of_site(name)], minlength=data.classes)
+        )
         for name in merged.sites
     }
     task = task_of(data)

@@ -32,8 +32,9 @@ EVERYWHERE = "all sites"
 
 
 def ipc_of(merged: SyntheticSet) -> int:
-    """Images per class of one set as large as the union."""
-    return max(1, round(len(merged) / len(merged.class_names)))
+    """Places per class of one set as large as the union."""
+    places = len(merged) / merged.scale ** len(merged.geometry[1:])
+    return max(1, round(places / len(merged.class_names)))
 
 
 def distil_centrally(
@@ -58,7 +59,7 @@ def distil_path(config: Config, task: Task, model: str, path: Tensor, ipc: int) 
     """A set whose training leads a `model` along the global parameters `path` `(R+1, P)` of averaging."""
     about = dataclasses.replace(
         config, method="mtt", model=model, experts=1, checkpoint_every=1, expert_steps=len(path) - 1, ipc=ipc, rounds=1,
-        budget="equal", init="noise", labels="auto", mask="auto", overlap="auto", denoise="none", window=1.0,
+        formation=1, budget="equal", init="noise", labels="auto", mask="auto", overlap="auto", denoise="none", window=1.0,
         iterations=max(1, config.rounds * config.iterations // lightness(config.method, config.ipc)),
     )  # fmt: skip
     most = ipc * task.classes  # which findings occur together is not known to the server

@@ -9,7 +9,7 @@ import torch
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
-from fedistill.evaluation.arms import architectures, draw_as_many, figures_of
+from fedistill.evaluation.arms import architectures, budget_in_whole_images, draw_as_many, figures_of
 from fedistill.evaluation.fit import Material, of_split, select_and_test
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
@@ -18,8 +18,8 @@ from fedistill.wire import encode, size
 
 
 def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict[str, Any]:
-    """Arms "distilled" and "random_real" (as many random real training images, per class where an image has one), in the
-    layout of a run's summary.
+    """Arms "distilled" and "random_real" (random real training images of as many bytes, per class where an image has one), in
+    the layout of a run's summary.
 
     Raises `FedistillError` when set and data differ in classes, kind of task, geometry or modality.
     """
@@ -29,7 +29,7 @@ def evaluate_set(config: Config, data: Dataset, synthetic: SyntheticSet) -> dict
                 "unlike-data",
                 f"The set and {data.name} do not fit: {what} is {getattr(synthetic, what)} and {getattr(data, what)}.",
             )
-    counts = torch.bincount(synthetic.groups, minlength=data.classes).tolist()
+    counts = budget_in_whole_images(synthetic, torch.bincount(synthetic.groups, minlength=data.classes))
     rng = generator(config.seed, "random-real", "all")
     random = data.train.take(draw_as_many(data.train.labels, counts, rng))
     materials = {

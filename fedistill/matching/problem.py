@@ -23,6 +23,7 @@ from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, architectures_of
 from fedistill.matching.schedule import Reach
 from fedistill.matching.student import Loss, Student, student_of
+from fedistill.models.enlarge import enlarge, shrink
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import answers_of, groups_of, loss_of, targets_of
 
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 
 NOISE = 0.3  # deviation of noise images; with 1.0 the leftover noise hides the lesson where sites' sets are merged
 FEW = 5  # real images of a class
+
+
+def images_per_class(config: Config, geometry: Sequence[int]) -> int:
+    """Synthetic images per class and site: one for each of `ipc` places, or several smaller ones (`formation`)."""
+    return config.ipc * config.formation ** len(geometry[1:])
 
 
 def budget_of(counts: Sequence[int], ipc: int, policy: str) -> list[int]:
@@ -68,17 +74,19 @@ class Bundle:
 
     def targets(self, config: Config) -> Tensor:
         """Targets `(m, K)` of the images to be made, sorted by class."""
+        wanted = images_per_class(config, self.task.geometry)
         if self.task.kind == "multilabel":
-            return cover(self.findings, config.ipc * self.task.classes)
-        budget = budget_of(self.counts, config.ipc, config.budget)
+            return cover(self.findings, wanted * self.task.classes)
+        budget = budget_of(self.counts, wanted, config.budget)
         return targets_of(
             torch.cat([torch.full((n,), c) for c, n in enumerate(budget)]), self.task.classes, self.task.kind
         )
 
-    def notes(self, ipc: int) -> tuple[str, ...]:
+    def notes(self, config: Config) -> tuple[str, ...]:
         """What the budget of a class was cut to, and which classes have so few images that each of them shows."""
         if self.task.kind == "multilabel":
             return ()
+        ipc = images_per_class(config, self.task.geometry)
         notes = []
         for name, n in zip(self.task.class_names, self.counts, strict=True):
             if self.noisy:
@@ -199,13 +207,20 @@ class Matching:
         return self.real
 
     def fresh(self, targets: Tensor, rng: torch.Generator) -> Tensor:
-        """Starting images `(n, C, H, W)`, normalised, for `targets (n, K)`."""
+        """Starting images `(n, C, h, w)`, normalised and as small as they are kept, for `targets (n, K)`."""
         n, (channels, *size) = len(targets), self.bundle.task.geometry
+        scale = self.config.formation
         if self.config.init == "noise":
-            return NOISE * torch.randn((n, channels, *size), generator=rng)
+            return NOISE * torch.randn((n, channels, *(side // scale for side in size)), generator=rng)
         if self.config.init == "phantom":
-            return normalise(phantoms_like(self.bundle.task.geometry, n, rng), self.bundle.task.modality)
-        return self.seen().batch(draw_like(targets.cpu(), self.seen(), rng))
+            whole = normalise(phantoms_like(self.bundle.task.geometry, n, rng), self.bundle.task.modality)
+        else:
+            whole = self.seen().batch(draw_like(targets.cpu(), self.seen(), rng))
+        return shrink(whole, scale)
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Images `(n, C, H, W)` as networks see them, of those that are kept."""
+        return enlarge(images, self.config.formation)
 
     def labels(self, state: State) -> Tensor:
         """Labels `(m, K)` as they are now: fixed, learned, or the experts' opinion of the images."""
@@ -218,7 +233,11 @@ class Matching:
 
     @torch.no_grad()
     def opinions(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean logits `(m, K)` of the final experts that classify an image as it is meant; confident ones where none does."""
+        """Mean logits `(m, K)` of the final experts that classify an image as it is meant; confident ones where none does.
+
+        images: as they are kept.
+        """
+        images = self.shown(images)
         logits = torch.stack([self.net_of(e)(t[-1], images) for e, t in enumerate(self.trajectories)])  # (E, m, K)
         if self.bundle.task.kind == "multilabel":
             right = ((logits > 0) == (targets > 0.5)).float().mean(2, keepdim=True) > 0.5

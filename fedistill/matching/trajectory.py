@@ -18,6 +18,7 @@ from fedistill.matching.schedule import Segment
 from fedistill.matching.state import State
 from fedistill.matching.student import Batch, Gradients, adjoint, unroll
 from fedistill.models.augment import Draw, augment, draw
+from fedistill.models.enlarge import enlarge, reduce
 from fedistill.seeding import generator
 
 OVERLAP_LOOKS = 10  # at the overlap, evenly over the iterations, but none in the last fifth: a new image needs time
@@ -121,7 +122,7 @@ def make_plan(matching: Matching, state: State, rng: torch.Generator, experts: S
     steps = math.ceil(config.syn_steps * float(((target - begin).norm() / first).clamp(1, 2)))
     total = len(state.images) + (len(matching.context[0]) if matching.context else 0)
     batches = [
-        batch_of(index.to(begin.device), draw(matching.operations, rng))
+        batch_of(index.to(begin.device), draw(matching.operations, rng), config.formation)
         for index in indices(total, min(config.syn_batch, total), steps, rng)
     ]
     return Plan(expert, (begin, middle, target), batches)
@@ -140,8 +141,8 @@ def indices(total: int, size: int, steps: int, rng: torch.Generator) -> list[Ten
     return [order[i * size : (i + 1) * size] for i in range(steps)]
 
 
-def batch_of(index: Tensor, op: Draw) -> Batch:
-    return lambda images, labels: (augment(images[index], op), labels[index])
+def batch_of(index: Tensor, op: Draw, scale: int = 1) -> Batch:
+    return lambda images, labels: (augment(enlarge(images[index], scale), op), labels[index])
 
 
 def _with_context(matching: Matching, state: State) -> tuple[Tensor, Tensor]:
@@ -220,11 +221,12 @@ def _mitigate(matching: Matching, state: State) -> None:
     thetas = [path[stop] for e, path in enumerate(matching.trajectories) if e % len(matching.nets) == 0][:3]
 
     def fresh(n: int, example: int) -> Tensor:
-        return matching.fresh(state.targets[example].expand(n, -1), state.rng).to(state.images)
+        return matching.shown(matching.fresh(state.targets[example].expand(n, -1), state.rng).to(state.images))
 
-    found = mitigate(matching.nets[0], thetas, state.images, state.group, state.strength, limits[stage], fresh)
+    shown = matching.shown(state.images)
+    found = mitigate(matching.nets[0], thetas, shown, state.group, state.strength, limits[stage], fresh)
     for i, image in found:
-        state.images[i], state.image_velocity[i] = image, 0.0
+        state.images[i], state.image_velocity[i] = reduce(image[None], matching.config.formation)[0], 0.0
         state.replaced += 1
         same = state.group == state.group[i]
         state.slow_until[same] = state.iteration + round(RETRAIN_FOR * matching.total)

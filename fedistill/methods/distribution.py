@@ -76,7 +76,9 @@ def step(
     with torch.no_grad():
         of_real = f(augment(real.batch(index).to(state.images), op))
     images = state.images.requires_grad_(True)
-    loss = distance(of_real, _shares(real_in[:, both]), f(augment(images, op)), _shares(made_in[:, both]), rng)
+    loss = distance(
+        of_real, _shares(real_in[:, both]), f(augment(matching.shown(images), op)), _shares(made_in[:, both]), rng
+    )
     (gradient,) = torch.autograd.grad(loss, images)
     state.images = images.detach()
     adam(matching, state, gradient)

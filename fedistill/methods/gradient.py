@@ -50,7 +50,7 @@ def step(matching: Matching, state: State) -> None:
         op, index = draw(matching.operations, rng), pick(pool, matching.config.real_batch, rng)
         x, y = augment(real.batch(index).to(images), op), real.targets[index].to(images)
         (of_real,) = torch.autograd.grad(loss_of(kind, net(theta, x), y), theta)
-        made = loss_of(kind, net(theta, augment(images[mine], op)), state.targets[mine])
+        made = loss_of(kind, net(theta, augment(matching.shown(images[mine]), op)), state.targets[mine])
         (of_made,) = torch.autograd.grad(made, theta, create_graph=True)
         loss = loss + distance(of_made, of_real, net.shapes)
     (gradient,) = torch.autograd.grad(loss, images)
@@ -58,7 +58,7 @@ def step(matching: Matching, state: State) -> None:
     adam(matching, state, gradient)
     for _ in range(INNER):
         some = pick(torch.arange(len(state.images)), matching.config.syn_batch, rng)
-        x = augment(state.images[some], draw(matching.operations, rng))
+        x = augment(matching.shown(state.images[some]), draw(matching.operations, rng))
         (g,) = torch.autograd.grad(loss_of(kind, net(theta, x), state.targets[some]), theta)
         theta = (theta - NETWORK_LR * g).detach().requires_grad_(True)
     state.network = theta.detach()

@@ -170,7 +170,7 @@ METHODS: dict[str, Method] = {
 def method_of(config: Config) -> Method:
     """The method of `config` with its overrides (`labels`, `mask`, `overlap`) applied.
 
-    Raises `FedistillError` on an unknown name, and on an override that the method has no use for.
+    Raises `FedistillError` on an unknown name, and on an override or a formation that the method has no use for.
     """
     if config.method not in METHODS:
         raise unknown("method", config.method, METHODS)
@@ -179,6 +179,11 @@ def method_of(config: Config) -> Method:
         raise FedistillError(
             "not-for-method",
             f"mask={config.mask} and overlap={config.overlap} belong to trajectory matching, and method={config.method} is none.",
+        )
+    if chosen.select is not None and config.formation > 1:
+        raise FedistillError(
+            "not-for-method",
+            f"formation={config.formation} is for images that are made, and method={config.method} takes real ones: leave it at 1.",
         )
     if config.mask != "auto" and config.mask not in MASKS:
         raise unknown("value of mask", config.mask, MASKS)

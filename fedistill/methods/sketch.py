@@ -137,7 +137,7 @@ def step(matching: Matching, state: State) -> None:
     both = (member.sum(0) > 0) & known.there.to(member.device)
     weight = member[:, both] / member[:, both].sum(0)
     images = state.images.requires_grad_(True)
-    made = known.embedding.of(r, augment(images, draw(matching.operations, rng)))
+    made = known.embedding.of(r, augment(matching.shown(images), draw(matching.operations, rng)))
     loss = (known.means[r][both] - weight.T @ made).square().sum()
     (gradient,) = torch.autograd.grad(loss, images)
     state.images = images.detach()

@@ -9,7 +9,7 @@ from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import shown_rounds
 from fedistill.evaluation.comparators import comparators
 from fedistill.experts.train import Task, architectures_of
-from fedistill.matching.problem import check_segment
+from fedistill.matching.problem import check_segment, images_per_class
 from fedistill.methods.registry import method_of
 from fedistill.models.augment import parse_operations
 from fedistill.models.flat import device_of
@@ -60,6 +60,12 @@ def check_settings(config: Config, task: Task) -> None:
             "not-for-task",
             f"budget={config.budget} is by class, but here an image may have several findings: use equal.",
         )
+    sides = task.geometry[1:]
+    if any(side % config.formation for side in sides):
+        raise FedistillError(
+            "not-for-size",
+            f"formation={config.formation} does not divide images of {' x '.join(map(str, sides))} pixels: leave it at 1.",
+        )
     for name in (*architectures_of(config), *architectures(config)):
         task.network(name, config)
 
@@ -71,9 +77,12 @@ def check_budget(config: Config, data: Dataset) -> None:
     """
     if config.privacy == "dp" and config.unit == "patient":
         return
-    if config.ipc * data.classes > len(data.train):
+    wanted = config.ipc * data.classes
+    if data.kind == "multilabel":  # no class is cut to what it has
+        wanted = images_per_class(config, data.geometry) * data.classes
+    if wanted > len(data.train):
         raise FedistillError(
             "budget",
-            f"ipc={config.ipc} asks for {config.ipc * data.classes} synthetic images, but {data.name} has only {len(data.train)} "
-            f"training images: use ipc={max(1, len(data.train) // data.classes // 2)} or less.",
+            f"ipc={config.ipc} asks for {wanted} synthetic images, but {data.name} has only {len(data.train)} "
+            f"training images: use ipc={max(1, config.ipc * len(data.train) // wanted // 2)} or less.",
         )

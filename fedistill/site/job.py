@@ -32,7 +32,7 @@ from fedistill.experts.train import Task, architectures_of, load_trajectory, tra
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.distil import check_skips, distil, finished, start, warnings
 from fedistill.matching.overlap import overlap_limit
-from fedistill.matching.problem import Bundle, Matching, Real, horizon, membership, one_each, prepare
+from fedistill.matching.problem import Bundle, Matching, Real, horizon, images_per_class, membership, one_each, prepare
 from fedistill.matching.state import State, load_state, save_state
 from fedistill.memory import one_thread
 from fedistill.methods import sketch
@@ -181,7 +181,7 @@ def _distil_slice(
     context = None
     if others is not None:
         device = device_of(config.device)
-        context = (others.images.to(device), others.labels.to(device))
+        context = (others.stored.to(device), others.labels.to(device))
         if method.meets_others:
             bundle = replace(bundle, trajectories=folders.trajectories(config, folders.met(round)))
     matching = prepare(config, method, bundle, real=real, context=context, round=round)
@@ -203,7 +203,7 @@ def _distil_slice(
         seconds={"experts": spent.get("experts", 0.0), "distill": distilling},
         iterations=state.iteration,
         skipped=state.skipped,
-        notes=(*bundle.notes(config.ipc), *warnings(matching, state)),
+        notes=(*bundle.notes(config), *warnings(matching, state)),
         curve=_curve(state.losses, before),
         done=ready,
     )
@@ -292,7 +292,7 @@ def _private_facts(config: Config, task: Task, experts: Path) -> dict[str, Any]:
     rows: list[tuple[list[int], int]] = []
     if task.kind == "multilabel":  # which findings occur together is private: one at a time, and none
         rows = [
-            (row, config.ipc * task.classes)
+            (row, images_per_class(config, task.geometry) * task.classes)
             for row, n in zip(one_each(task.classes), [*counts[: task.classes], 1], strict=True)
             if n
         ]
@@ -318,7 +318,7 @@ def _as_set(
         "privacy": privacy,
     }
     return SyntheticSet(
-        images=state.images.cpu(),
+        images=matching.shown(state.images).cpu(),
         labels=matching.labels(state).cpu(),
         site=torch.zeros(len(state.images), dtype=torch.int64),
         sites=(site,),
@@ -329,6 +329,7 @@ def _as_set(
         step_size=(float(state.step_size[0]),),
         manifest={site: about},
         kind=data.kind,
+        scale=config.formation,
     )
 
 

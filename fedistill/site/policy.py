@@ -31,6 +31,7 @@ from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError, unknown
 from fedistill.files import read_toml
+from fedistill.matching.problem import images_per_class
 from fedistill.methods.registry import METHODS
 from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
@@ -129,10 +130,10 @@ class Policy:
         Raises `FedistillError` ("policy") where nothing is left, where images have several findings, and on a job whose set could
         not leave: before anything is spent on it.
         """
-        if self.largest_set is not None and config.ipc * data.classes > self.largest_set:
-            _refuse(
-                f"ipc={config.ipc} makes {config.ipc * data.classes} images, and at most {self.largest_set} may leave this site."
-            )
+        images = images_per_class(config, data.geometry) * data.classes
+        if self.largest_set is not None and images > self.largest_set:
+            what = f"ipc={config.ipc}" + (f" with formation={config.formation}" if config.formation > 1 else "")
+            _refuse(f"{what} makes {images} images, and at most {self.largest_set} may leave this site.")
         if config.privacy == "dp":
             delta = delta_of(config, records_of(data.train, config.unit))
             if delta > self.max_delta:

@@ -23,11 +23,19 @@ def most_images(task: Task, *, ipc: int, counts: Sequence[int], policy: str) -> 
 
 
 def check_set(
-    candidate: SyntheticSet, *, site: str, task: Task, ipc: int, counts: Sequence[int], policy: str = "equal"
+    candidate: SyntheticSet,
+    *,
+    site: str,
+    task: Task,
+    ipc: int,
+    counts: Sequence[int],
+    policy: str = "equal",
+    scale: int = 1,
 ) -> None:
     """Raise `FedistillError` ("refused-set") unless `candidate` is what site `site` was asked for.
 
-    counts: the images per class that the site declared. policy: the setting `budget`. Images with hard labels have a budget per
+    ipc: images per class. counts: the images per class that the site declared. policy: the setting `budget`. scale: the setting
+    `formation`. Images with hard labels have a budget per
     class; soft labels, which may come to favour another class than the one they began with, and findings only one in all.
     """
 
@@ -44,6 +52,8 @@ def check_set(
         raise refuse(f"it is made for a {candidate.kind} task, and this one is {task.kind}")
     if candidate.geometry != task.geometry:
         raise refuse(f"its images are {candidate.geometry}, not {task.geometry} (channels, pixels along each axis)")
+    if candidate.scale != scale:
+        raise refuse(f"its images are enlarged by {candidate.scale}, not {scale}")
     if candidate.modality != task.modality or (candidate.mean, candidate.std) != NORMALISATION[task.modality]:
         raise refuse("its images are normalised with other constants")
     if not torch.isfinite(candidate.images).all() or candidate.images.abs().max() > LARGEST:

@@ -21,7 +21,7 @@ def merge(sets: Sequence[SyntheticSet]) -> SyntheticSet:
     ordered = sorted(sets, key=lambda s: s.sites)
     first = ordered[0]
     for other in ordered[1:]:
-        for what in ("class_names", "kind", "geometry", "modality", "mean", "std"):
+        for what in ("class_names", "kind", "geometry", "scale", "modality", "mean", "std"):
             if getattr(first, what) != getattr(other, what):
                 raise FedistillError(
                     "unlike-sets",
@@ -45,4 +45,5 @@ def merge(sets: Sequence[SyntheticSet]) -> SyntheticSet:
         # a set speaks for its own sites alone
         manifest={name: about for s in ordered for name, about in s.manifest.items() if name in s.sites},
         kind=first.kind,
+        scale=first.scale,
     )

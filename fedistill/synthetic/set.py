@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from fedistill.models.enlarge import reduce
 from fedistill.models.loss import groups_of
 
 
@@ -25,6 +26,7 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
     step_size: the learned step size of each site, in the order of `sites`.
     manifest: method, configuration hash, versions and privacy statement of each site (JSON-compatible).
     kind: of the task, one of `models.loss.KINDS`.
+    scale: the images are `models.enlarge.enlarge` of images with this part of their side, which are what is stored and sent.
     """
 
     images: Tensor
@@ -38,6 +40,7 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
     step_size: tuple[float, ...]
     manifest: dict[str, Any]
     kind: str = "multiclass"
+    scale: int = 1
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,6 +63,11 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
     def geometry(self) -> tuple[int, ...]:
         """(channels, height, width), or (channels, depth, height, width) of volumes."""
         return tuple(self.images.shape[1:])
+
+    @property
+    def stored(self) -> Tensor:
+        """The images `(m, C, h, w)` as small as they are stored and sent."""
+        return reduce(self.images, self.scale)
 
     @property
     def pixels(self) -> Tensor:

@@ -116,12 +116,12 @@ def test_no_count_and_no_fingerprint_crosses_the_wire(finished: tuple[Path, Reco
 
 def test_notes_speak_of_noisy_counts_only() -> None:
     data = load_data(tiny())
-    told = Bundle(task_of(data), (), (3, 0), noisy=True).notes(10)
+    told = Bundle(task_of(data), (), (3, 0), noisy=True).notes(tiny(ipc=10))
     assert told == (
         f"class {data.class_names[0]}: a noisy count of 3, so 3 synthetic instead of 10",
         f"class {data.class_names[1]}: no more images than noise, so no synthetic instead of 10",
     )
-    assert Bundle(task_of(data), (), (3, 4), noisy=True).notes(2) == ()
+    assert Bundle(task_of(data), (), (3, 4), noisy=True).notes(tiny(ipc=2)) == ()
 
 
 def test_the_report_says_what_is_promised(finished: tuple[Path, Recorder]) -> None:

@@ -142,7 +142,7 @@ def claim_of(config: Config, records: int) -> tuple[float | None, float]:
 def broken(config: Config, data: Dataset, canaries: int) -> Config:
     """The control: random real images, as many as there are room for, without noise. An attack that misses it sees nothing."""
     values = config.to_dict() | {"method": "random", "ipc": (len(data.train) - canaries) // data.classes}
-    values |= dict.fromkeys(("labels", "mask", "overlap"), "auto") | {"budget": "equal"}
+    values |= dict.fromkeys(("labels", "mask", "overlap"), "auto") | {"budget": "equal", "formation": 1}
     values |= {"privacy": "none", "epsilon": 0.0, "delta": 0.0, "eval_epsilon": 0.0, "unit": "image"}
     return Config(**values)
 
