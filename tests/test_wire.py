@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedistill import wire
 from fedistill.errors import FedistillError
+from fedistill.models.enlarge import enlarge
 from fedistill.models.loss import KINDS, answers_of, targets_of
 from fedistill.synthetic.set import SyntheticSet, one_hot
 from fedistill.wire import MAX_TEXT, Arrays, decode, encode, quantise, size
@@ -27,6 +29,7 @@ def make_set(
     scale: float = 1.0,
     kind: str = "multiclass",
     size: tuple[int, ...] = (5, 4),
+    enlarged: int = 1,
 ) -> SyntheticSet:
     rng = torch.Generator().manual_seed(seed)
     labels = targets_of(torch.randint(classes, (m,), generator=rng), classes, kind)
@@ -35,7 +38,7 @@ def make_set(
     if soft:
         labels = answers_of(kind, torch.randn(m, classes, generator=rng))
     return SyntheticSet(
-        images=torch.randn(m, 1, *size, generator=rng) * scale,
+        images=enlarge(torch.randn(m, 1, *size, generator=rng) * scale, enlarged),
         labels=labels,
         site=torch.arange(m) % 2,
         sites=("north", "south"),
@@ -46,6 +49,7 @@ def make_set(
         step_size=(0.01, 1 / 3),
         manifest={"method": "datm", "list": [1, 2.5, None, {"ä": True}]},
         kind=kind,
+        scale=enlarged,
     )
 
 
@@ -121,6 +125,45 @@ def test_every_kind_and_volumes_survive(
     if kind == "multilabel":
         assert arrays["labels"].dtype == np.float16
         assert soft or torch.equal(once.labels, original.labels)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 10**6), st.integers(2, 4), st.sampled_from([(5, 4), (3, 2, 4)]), st.sampled_from([1e-30, 1.0, 1e3])
+)
+def test_enlarged_sets_travel_as_small_as_they_are_kept(
+    seed: int, enlarged: int, size: tuple[int, ...], scale: float
+) -> None:
+    original = make_set(seed=seed, size=size, scale=scale, enlarged=enlarged)
+    arrays, text = encode(original)
+    assert arrays["pixels"].shape == (6, 1, *size)
+    once = decode(arrays, text, geometry=(1, *(side * enlarged for side in size)))
+    assert torch.equal(enlarge(once.stored, enlarged), once.images)
+    small = make_set(seed=seed, size=size, scale=scale)
+    assert torch.equal(once.stored, quantise(small).images)
+    assert_equal(quantise(once), once)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"scale": 1}, "its scale is not 2 to 8"), ({"scale": 9}, "its scale is not 2 to 8"), ({"scale": True}, "its scale is not"),
+        ({"scale": 2.0}, "of another type"), ({"format": "fedistill-set/2"}, "lacks a field"),
+        ({"scale": 4}, "its images are 1x20x16, not 1x10x8"),
+    ],
+)  # fmt: skip
+def test_a_scale_that_fits_nothing_is_refused(changes: dict[str, Any], why: str) -> None:
+    arrays, text = encode(make_set(enlarged=2))
+    with pytest.raises(FedistillError, match=why):
+        decode(arrays, json.dumps(json.loads(text) | changes, sort_keys=True), geometry=(1, 10, 8))
+
+
+def test_a_small_file_takes_no_large_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_VALUES", 6 * 10 * 8)
+    quantise(make_set(enlarged=2))
+    monkeypatch.setattr(wire, "MAX_VALUES", 6 * 10 * 8 - 1)
+    with pytest.raises(FedistillError, match="1 to"):
+        quantise(make_set(enlarged=2))
 
 
 def test_labels_that_do_not_fit_the_kind_are_refused() -> None:
@@ -219,7 +262,8 @@ def test_bad_arrays(arrays: Arrays) -> None:
 @given(st.data())
 def test_mutations_decode_or_are_refused(data: st.DataObject) -> None:
     """Whatever changes on the way: a set comes out, or a `FedistillError`, and never another exception."""
-    arrays, text = encode(make_set(soft=data.draw(st.booleans()), kind=data.draw(st.sampled_from(KINDS))))
+    soft, kind, enlarged = (data.draw(st.sampled_from(choices)) for choices in ((False, True), KINDS, (1, 2)))
+    arrays, text = encode(make_set(soft=soft, kind=kind, enlarged=enlarged))
     if data.draw(st.booleans()):
         start = data.draw(st.integers(0, len(text)))
         text = text[:start] + data.draw(st.text(max_size=3)) + text[start + data.draw(st.integers(0, 5)) :]

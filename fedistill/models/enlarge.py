@@ -16,8 +16,8 @@ def enlarge(small: Tensor, scale: int) -> Tensor:
     for axis in range(2, small.dim()) if scale > 1 else ():
         last = small.shape[axis] - 1
         following = torch.cat([small.narrow(axis, 1, last), small.narrow(axis, last, 1)], axis)
-        steps = [torch.lerp(small, following, k / scale) for k in range(scale)]
-        small = torch.stack(steps, axis + 1).flatten(axis, axis + 1)
+        between = [(1 - k / scale) * small + k / scale * following for k in range(1, scale)]
+        small = torch.stack([small, *between], axis + 1).flatten(axis, axis + 1)
     return small
 
 

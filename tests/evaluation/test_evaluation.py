@@ -18,7 +18,9 @@ from fedistill.errors import FedistillError
 from fedistill.evaluation import arms as arms_module
 from fedistill.evaluation import fit as fit_module
 from fedistill.evaluation.arms import (
+    all_arms,
     architectures,
+    budget_in_whole_images,
     confusion_at,
     draw_as_many,
     evaluate_arms,
@@ -28,6 +30,7 @@ from fedistill.evaluation.arms import (
 )
 from fedistill.evaluation.fit import of_split, select_and_test
 from fedistill.evaluation.metrics import confusion, from_confusion, mean_std, score
+from fedistill.models.enlarge import enlarge, reduce
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet, one_hot
@@ -159,6 +162,18 @@ def test_four_arms_with_equal_budgets_and_no_work_done_twice(
     assert evaluate_arms(config, tiny, part, merged, tmp_path, lambda *event: None) == result
     with pytest.raises(pytest.fail.Exception):
         evaluate_arms(replace(config, eval_steps=7), tiny, part, merged, tmp_path, lambda *event: None)
+
+
+def test_random_images_take_the_bytes_of_a_set_whose_images_are_kept_smaller(tiny: Dataset) -> None:
+    config = settings(partition="iid", sites=2)
+    part = partition(tiny, config)
+    merged = merged_of(tiny, part, config)
+    assert budget_in_whole_images(merged, torch.tensor([5, 0, 8])) == [5, 0, 8]
+    small = replace(merged, images=enlarge(reduce(merged.images, 2), 2), scale=2)
+    assert budget_in_whole_images(small, torch.tensor([5, 0, 8])) == [2, 0, 2]
+    arms = {arm.name: arm.images for arm in all_arms(config, tiny, part, small)}
+    assert arms["distilled"] == 12
+    assert arms["random_real"] == sum(-(-n // 4) for n in [2] * 6)
 
 
 def test_random_images_come_from_the_site_and_class_that_they_stand_for(tiny: Dataset) -> None:

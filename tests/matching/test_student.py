@@ -78,15 +78,16 @@ def problem(
     operations: tuple[str, ...] = SMOOTH,
     size: int = 5,
     kind: str = "multiclass",
+    scale: int = 1,
     **more: float,
 ) -> Problem:
     rng = generator(0, "test", channels, model)
     net = Flat(build(model, (channels, 12, 12), CLASSES, width=4, depth=2).double())
     start = net.initial(rng).double()
     middle, target = (start + s * torch.randn(net.size, generator=rng).double() for s in (0.03, 0.05))
-    images = torch.randn((IMAGES, channels, 12, 12), generator=rng).double()
+    images = torch.randn((IMAGES, channels, 12 // scale, 12 // scale), generator=rng).double()
     labels = answers_of(kind, torch.randn((IMAGES, CLASSES), generator=rng).double())
-    batches = [batch_of(i, draw(operations, rng)) for i in indices(IMAGES, size, STEPS, rng)]
+    batches = [batch_of(i, draw(operations, rng), scale) for i in indices(IMAGES, size, STEPS, rng)]
     alpha = torch.tensor(0.05, dtype=torch.float64)
     return Problem(net, (start, middle, target), images, labels, batches, alpha, torch.ones_like(start), kind, **more)
 
@@ -118,6 +119,10 @@ def test_adjoint_equals_full_unroll(channels: int, model: str, masked: bool) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adjoint_equals_full_unroll_for_every_kind_of_task(kind: str) -> None:
     agrees(problem(kind=kind))
+
+
+def test_adjoint_equals_full_unroll_for_images_that_are_kept_smaller() -> None:
+    agrees(problem(scale=2))
 
 
 def test_adjoint_with_the_shape_of_the_path() -> None:

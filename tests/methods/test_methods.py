@@ -19,6 +19,7 @@ from fedistill.methods.selection import farthest, nearest_mean
 from fedistill.models.loss import targets_of
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
+from fedistill.site.feasible import check_settings
 
 
 def weights(labels: list[int]) -> torch.Tensor:
@@ -115,6 +116,19 @@ def test_methods_that_read_images_lower_their_own_loss(name: str, tiny: Dataset)
 def test_parts_of_trajectory_matching_are_refused_elsewhere(settings: dict[str, str]) -> None:
     with pytest.raises(FedistillError, match="belong to trajectory matching"):
         method_of(make_config({"method": "dm", **settings}))
+
+
+def test_images_that_are_taken_are_not_kept_smaller() -> None:
+    with pytest.raises(
+        FedistillError, match="formation=2 is for images that are made, and method=herding takes real ones"
+    ):
+        method_of(make_config({"method": "herding", "formation": 2}))
+
+
+def test_a_formation_must_divide_the_images(tiny: Dataset) -> None:
+    check_settings(make_config({"formation": 4}).resolved(), task_of(tiny))
+    with pytest.raises(FedistillError, match="formation=3 does not divide images of 16 x 16 pixels"):
+        check_settings(make_config({"formation": 3}).resolved(), task_of(tiny))
 
 
 def test_every_method_either_steps_or_selects() -> None:

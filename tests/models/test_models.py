@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from fedistill.errors import FedistillError
 from fedistill.models.augment import OPERATIONS, Draw, augment, draw, parse_operations
+from fedistill.models.enlarge import enlarge, reduce, shrink
 from fedistill.models.flat import Flat, device_of
 from fedistill.models.loss import groups_of
 from fedistill.models.nets import MODELS, Halve, build
@@ -135,6 +137,34 @@ def test_crop_and_cutout_reach_the_depth() -> None:
     assert int((augment(ramp, Draw("cutout", (0.4, 0.9))) == 0).sum()) == 4**3
     moved = augment(ramp, Draw("crop", (0.5, 0.2)))[0, 0, :, 4, 4]  # a third of 0.7: one slice further
     assert moved.tolist() == [2, 3, 4, 5, 6, 7, 8, 8]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 1, 3, 4, 2), (1, 1, 1, 1)])
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_enlarged_images_hold_the_small_ones_and_straight_lines_between(shape: tuple[int, ...], scale: int) -> None:
+    small = torch.randn(shape, generator=generator(0)).double()
+    large = enlarge(small, scale)
+    assert large.shape[2:] == tuple(side * scale for side in shape[2:])
+    assert torch.equal(reduce(large, scale), small)
+    want = small.numpy()
+    for axis in range(2, len(shape)):  # numpy's interpolation holds the last value on, too
+        at = np.arange(shape[axis] * scale) / scale
+        want = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, want)
+    assert np.allclose(large.numpy(), want)
+    assert torch.autograd.gradcheck(lambda x: enlarge(x, scale), small.requires_grad_(True))
+
+
+def test_enlarging_meets_no_overflow() -> None:
+    assert torch.isfinite(enlarge(torch.tensor([[[[3e38, -3e38]]]]), 2)).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 4, 2, 6)])
+def test_shrunk_images_are_means_of_blocks(shape: tuple[int, ...]) -> None:
+    images = torch.randn(shape, generator=generator(0))
+    first = images[(0, 0, *[slice(0, 2)] * (len(shape) - 2))]
+    assert shrink(images, 2).shape[2:] == tuple(side // 2 for side in shape[2:])
+    assert float(shrink(images, 2).flatten()[0]) == pytest.approx(float(first.mean()))
+    assert shrink(images, 1) is images
 
 
 def test_groups() -> None:

@@ -20,6 +20,7 @@ from fedistill.files import read_json
 from fedistill.matching.distil import distil, start
 from fedistill.matching.problem import prepare
 from fedistill.methods.registry import METHODS, method_of
+from fedistill.models.enlarge import enlarge
 from fedistill.models.loss import targets_of
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
@@ -222,6 +223,35 @@ def test_a_pool_of_two_architectures_works_with_every_kind_of_method(
     assert torch.isfinite(made.images).all()
     assert slices[-1].skipped == 0
     assert not same(made, finish(settings(method=method), tiny, tmp_path)[0])
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.step is not None])
+def test_every_method_makes_images_that_are_kept_smaller(name: str, tiny: Dataset, tmp_path: Path) -> None:
+    """Four in a place, no more than there are real ones, enlarged exactly; and they are matched as they are shown."""
+    keep = torch.cat([torch.nonzero(tiny.train.labels == c).flatten()[:n] for c, n in ((0, 30), (1, 5), (2, 30))])
+    nothing = torch.empty(0, dtype=torch.int64)
+    data = tiny.at({"train": keep, "val": nothing, "test": nothing}, "north")
+    config = settings(method=name, formation=2, ipc=2, iterations=8 if METHODS[name].sees_images else 12)
+    made, slices = finish(config, data, tmp_path)
+    assert (made.scale, made.geometry, made.stored.shape[2:]) == (2, (1, 16, 16), (8, 8))
+    if METHODS[name].soft_labels:
+        assert len(made) == 8 + 5 + 8
+    else:
+        assert torch.bincount(made.hard_labels, minlength=3).tolist() == [8, 5, 8]
+    assert torch.equal(enlarge(made.stored, 2), made.images)
+    assert "5 real images, so 5 synthetic instead of 8" in slices[-1].notes[0]
+    again, _ = finish(config, data, tmp_path / "again", seconds=0.0)
+    assert same(again, made)
+
+
+@pytest.mark.parametrize("method", ["ptm", "cf"])
+def test_a_second_round_of_smaller_images(method: str, tiny: Dataset, tmp_path: Path) -> None:
+    config = settings(rounds=2, method=method, formation=2)
+    first, _ = finish(config, tiny, tmp_path)
+    other = SyntheticSet(**{**first.__dict__, "sites": ("south",), "manifest": {"south": {}}})
+    second, _ = finish(config, tiny, tmp_path, round=2, context=merge([first, other]))
+    assert second.stored.shape == first.stored.shape
+    assert not same(first, second)
 
 
 def test_a_residual_network_can_be_matched(tiny: Dataset, tmp_path: Path) -> None:

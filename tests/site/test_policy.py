@@ -146,6 +146,8 @@ def test_a_job_whose_set_could_not_leave_is_refused_before_it_costs_anything() -
     dataclasses.replace(POLICY, largest_set=30, max_delta=0.01).check_data(job(ipc=10), data)
     with pytest.raises(FedistillError, match="ipc=11 makes 33 images, and at most 30 may leave this site"):
         dataclasses.replace(POLICY, largest_set=30).check_data(job(ipc=11), data)
+    with pytest.raises(FedistillError, match="ipc=3 with formation=2 makes 36 images, and at most 30 may leave"):
+        dataclasses.replace(POLICY, largest_set=30).check_data(job(ipc=3, formation=2), data)
     with pytest.raises(FedistillError, match=r"delta=0.01 is more than this site gives to one job: 0.001"):
         dataclasses.replace(POLICY, max_delta=1e-3).check_data(job(), data)
 

@@ -15,6 +15,7 @@ from fedistill import load_set
 from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
+from fedistill.models.enlarge import enlarge
 from fedistill.synthetic.check import check_set, most_images
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet, one_hot
@@ -44,6 +45,25 @@ def make(site: str = "north", *, ipc: int = 2, seed: int = 0) -> SyntheticSet:
 
 def check(candidate: SyntheticSet, counts: tuple[int, int] = (50, 50)) -> None:
     check_set(candidate, site="north", task=TASK, ipc=2, counts=list(counts))
+
+
+def test_enlarged_sets_are_merged_and_taken_where_they_were_asked_for(tmp_path: Path) -> None:
+    def enlarged(site: str) -> SyntheticSet:
+        made = make(site)
+        return quantise(replace(made, images=enlarge(made.images[:, :, :4, :4], 2), scale=2))
+
+    both = merge([enlarged("north"), enlarged("south")])
+    assert both.scale == 2
+    assert torch.equal(enlarge(both.stored, 2), both.images)
+    save_set(both, tmp_path / "set")
+    assert torch.equal(load_set(tmp_path / "set").images, both.images)
+    with pytest.raises(FedistillError, match="scale is 2 and 1"):
+        merge([enlarged("north"), make("south")])
+    check_set(enlarged("north"), site="north", task=TASK, ipc=2, counts=[50, 50], scale=2)
+    with pytest.raises(FedistillError, match="enlarged by 2, not 1"):
+        check(enlarged("north"))
+    with pytest.raises(FedistillError, match="enlarged by 1, not 2"):
+        check_set(make(), site="north", task=TASK, ipc=2, counts=[50, 50], scale=2)
 
 
 def test_a_folder_gives_back_the_set_as_a_torch_dataset(tmp_path: Path) -> None:
