@@ -73,8 +73,9 @@ def _header(made: SyntheticSet, claim: Claim, card: Card) -> str:
 def _what(made: SyntheticSet, card: Card) -> str:
     channels, *axes = made.geometry
     what = "volumes" if len(axes) == 3 else "images"
+    kept = f" (kept as {'x'.join(str(side // made.scale) for side in axes)} and enlarged)" if made.scale > 1 else ""
     return (
-        f"{len(made)} synthetic {what} of {'x'.join(map(str, axes))} pixels with {channels} channel{'s' * (channels > 1)} "
+        f"{len(made)} synthetic {what} of {'x'.join(map(str, axes))} pixels{kept} with {channels} channel{'s' * (channels > 1)} "
         f"(modality {escaped(made.modality)}), distilled at {_count(len(made.sites), 'site')}: {_words(made.sites)}. A network "
         f"that is trained on them is meant to behave like one that was trained on the sites' own images. The task is {made.kind} "
         f"with {len(made.class_names)} classes: {_words(made.class_names)}.\n\n"
@@ -94,6 +95,7 @@ def _load(made: SyntheticSet, card: Card, clipped: float) -> str:
         if made.kind == "multilabel"
         else "a label is the most likely class"
     )
+    scale = ", and the `scale` by which `fedistill.models.enlarge` enlarges them" if made.scale > 1 else ""
     return f"""With fedistill, complete and with soft labels, as a torch data set:
 
 ```python
@@ -123,7 +125,7 @@ data = {name}(split="train", root="folder with {flag}.npz")
 The file holds a train split alone; val and test are empty, since a model must be tested on real images. Pixels are mapped back to
 0..255 by the public normalisation (mean {made.mean:g}, deviation {made.std:g}) and clipped: {100 * clipped:.2f} % of the values
 were outside. Labels are rounded: {rounding}; the soft ones are in the set itself. Without fedistill, `set.safetensors` holds
-`pixels` (8 bits), the `range` of each image that they span, `labels` and `site`; `manifest.json` holds the constants."""
+`pixels` (8 bits), the `range` of each image that they span, `labels` and `site`; `manifest.json` holds the constants{scale}."""
 
 
 def _made(made: SyntheticSet, document: dict[str, Any]) -> str:

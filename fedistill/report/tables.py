@@ -92,7 +92,7 @@ def spoken(metric: str) -> str:
 
 
 def best_means(summary: Mapping[str, Any]) -> str:
-    return f"{BEST} higher {spoken(charted(summary)[0])} of the two arms with the same budget of images"
+    return f"{BEST} higher {spoken(charted(summary)[0])} of the two arms with the same budget"
 
 
 def yardsticks(arms: Collection[str]) -> str:
