@@ -121,11 +121,12 @@ class Config:
         choices=BUDGETS,
     )
     formation: int = _key(
-        1,
+        0,
         "2: keep four images of half the size (volumes: eight) in the place of one, enlarged where they are used; 3: nine of a "
-        "third; ipc counts places, so the bytes stay as they are (IDC's multi-formation)",
+        "third; 1: whole images; ipc counts places, so the bytes stay as they are; 0: 2 for dm on images with even sides of 28 "
+        "pixels or more, else 1",
         scope="distill",
-        low=1,
+        low=0,
         high=8,
     )
     init: str = _key("noise", "start of the synthetic images", scope="distill", choices=("noise", "real", "phantom"))

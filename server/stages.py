@@ -29,7 +29,7 @@ from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json, write_tensors
-from fedistill.matching.problem import budget_of, images_per_class
+from fedistill.matching.problem import budget_of, formation_of, images_per_class
 from fedistill.methods.registry import method_of
 from fedistill.release.claim import check_promise
 from fedistill.synthetic.check import check_set, most_images
@@ -331,7 +331,7 @@ def _distil(
         run.curve(site, now["curve"])
         if not ready:
             return first[node]
-        policy, scale = run.config.budget, run.config.formation
+        policy, scale = run.config.budget, formation_of(run.config, task.geometry)
         most = most_images(task, ipc=ipc, counts=counts[site], policy=policy)
         made, sent = read_set(content, max_images=most, geometry=task.geometry, classes=task.classes)
         check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy, scale=scale)

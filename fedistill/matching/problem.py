@@ -35,9 +35,20 @@ NOISE = 0.3  # deviation of noise images; with 1.0 the leftover noise hides the 
 FEW = 5  # real images of a class
 
 
+def formation_of(config: Config, geometry: Sequence[int]) -> int:
+    """The side of an image of `geometry` (channels, then pixels along each axis) over that of one as it is kept.
+
+    Where the setting is 0: 2 where that did better on validation (docs/benchmark.md, "Smaller images, more of them"), else 1.
+    """
+    if config.formation:
+        return config.formation
+    measured = config.method == "dm" and len(geometry) == 3 and all(n >= 28 and n % 2 == 0 for n in geometry[1:])
+    return 2 if measured else 1
+
+
 def images_per_class(config: Config, geometry: Sequence[int]) -> int:
-    """Synthetic images per class and site: one for each of `ipc` places, or several smaller ones (`formation`)."""
-    return config.ipc * config.formation ** len(geometry[1:])
+    """Synthetic images per class and site: one for each of `ipc` places, or several smaller ones (`formation_of`)."""
+    return config.ipc * formation_of(config, geometry) ** len(geometry[1:])
 
 
 def budget_of(counts: Sequence[int], ipc: int, policy: str) -> list[int]:
@@ -184,6 +195,11 @@ class Matching:
         return device_of(self.config.device)
 
     @property
+    def scale(self) -> int:
+        """The side of an image as it is shown over that of one as it is kept."""
+        return formation_of(self.config, self.bundle.task.geometry)
+
+    @property
     def total(self) -> int:
         """Iterations over all rounds."""
         return self.config.iterations * self.config.rounds
@@ -209,18 +225,17 @@ class Matching:
     def fresh(self, targets: Tensor, rng: torch.Generator) -> Tensor:
         """Starting images `(n, C, h, w)`, normalised and as small as they are kept, for `targets (n, K)`."""
         n, (channels, *size) = len(targets), self.bundle.task.geometry
-        scale = self.config.formation
         if self.config.init == "noise":
-            return NOISE * torch.randn((n, channels, *(side // scale for side in size)), generator=rng)
+            return NOISE * torch.randn((n, channels, *(side // self.scale for side in size)), generator=rng)
         if self.config.init == "phantom":
             whole = normalise(phantoms_like(self.bundle.task.geometry, n, rng), self.bundle.task.modality)
         else:
             whole = self.seen().batch(draw_like(targets.cpu(), self.seen(), rng))
-        return shrink(whole, scale)
+        return shrink(whole, self.scale)
 
     def shown(self, images: Tensor) -> Tensor:
         """Images `(n, C, H, W)` as networks see them, of those that are kept."""
-        return enlarge(images, self.config.formation)
+        return enlarge(images, self.scale)
 
     def labels(self, state: State) -> Tensor:
         """Labels `(m, K)` as they are now: fixed, learned, or the experts' opinion of the images."""

@@ -16,7 +16,7 @@ from fedistill.files import read_tensors, write_tensors
 class State:
     """The synthetic set in the making, its optimiser and its random numbers."""
 
-    images: Tensor  # (m, C, h, w), as they are kept: where `formation` is above 1, smaller than they are shown
+    images: Tensor  # (m, C, h, w), as they are kept: smaller than they are shown where `formation_of` is above 1
     logits: Tensor  # (m, K): learned labels are the answers of these logits
     targets: Tensor  # (m, K): what the images were made for; the labels where labels are not learned
     group: Tensor  # (m,) the class of an image, K for a multi-label image without any finding

@@ -122,7 +122,7 @@ def make_plan(matching: Matching, state: State, rng: torch.Generator, experts: S
     steps = math.ceil(config.syn_steps * float(((target - begin).norm() / first).clamp(1, 2)))
     total = len(state.images) + (len(matching.context[0]) if matching.context else 0)
     batches = [
-        batch_of(index.to(begin.device), draw(matching.operations, rng), config.formation)
+        batch_of(index.to(begin.device), draw(matching.operations, rng), matching.scale)
         for index in indices(total, min(config.syn_batch, total), steps, rng)
     ]
     return Plan(expert, (begin, middle, target), batches)
@@ -226,7 +226,7 @@ def _mitigate(matching: Matching, state: State) -> None:
     shown = matching.shown(state.images)
     found = mitigate(matching.nets[0], thetas, shown, state.group, state.strength, limits[stage], fresh)
     for i, image in found:
-        state.images[i], state.image_velocity[i] = reduce(image[None], matching.config.formation)[0], 0.0
+        state.images[i], state.image_velocity[i] = reduce(image[None], matching.scale)[0], 0.0
         state.replaced += 1
         same = state.group == state.group[i]
         state.slow_until[same] = state.iteration + round(RETRAIN_FOR * matching.total)

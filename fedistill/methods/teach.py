@@ -53,7 +53,7 @@ def step(matching: Matching, state: State) -> None:
     images, labels = state.images, matching.labels(state)
     total = len(images)
     batches = [
-        batch_of(index.to(images.device), draw(matching.operations, rng), config.formation)
+        batch_of(index.to(images.device), draw(matching.operations, rng), matching.scale)
         for index in indices(total, min(config.syn_batch, total), config.syn_steps, rng)
     ]
     path = unroll(student, net.initial(rng).to(images.device), images, labels, batches, alpha)

@@ -9,7 +9,7 @@ from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import shown_rounds
 from fedistill.evaluation.comparators import comparators
 from fedistill.experts.train import Task, architectures_of
-from fedistill.matching.problem import check_segment, images_per_class
+from fedistill.matching.problem import check_segment, formation_of, images_per_class
 from fedistill.methods.registry import method_of
 from fedistill.models.augment import parse_operations
 from fedistill.models.flat import device_of
@@ -60,11 +60,11 @@ def check_settings(config: Config, task: Task) -> None:
             "not-for-task",
             f"budget={config.budget} is by class, but here an image may have several findings: use equal.",
         )
-    sides = task.geometry[1:]
-    if any(side % config.formation for side in sides):
+    sides, formation = task.geometry[1:], formation_of(config, task.geometry)
+    if any(side % formation for side in sides):
         raise FedistillError(
             "not-for-size",
-            f"formation={config.formation} does not divide images of {' x '.join(map(str, sides))} pixels: leave it at 1.",
+            f"formation={formation} does not divide images of {' x '.join(map(str, sides))} pixels: leave it at 1.",
         )
     for name in (*architectures_of(config), *architectures(config)):
         task.network(name, config)

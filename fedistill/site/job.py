@@ -329,7 +329,7 @@ def _as_set(
         step_size=(float(state.step_size[0]),),
         manifest={site: about},
         kind=data.kind,
-        scale=config.formation,
+        scale=matching.scale,
     )
 
 

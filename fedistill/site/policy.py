@@ -31,7 +31,7 @@ from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError, unknown
 from fedistill.files import read_toml
-from fedistill.matching.problem import images_per_class
+from fedistill.matching.problem import formation_of, images_per_class
 from fedistill.methods.registry import METHODS
 from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
@@ -132,7 +132,8 @@ class Policy:
         """
         images = images_per_class(config, data.geometry) * data.classes
         if self.largest_set is not None and images > self.largest_set:
-            what = f"ipc={config.ipc}" + (f" with formation={config.formation}" if config.formation > 1 else "")
+            formation = formation_of(config, data.geometry)
+            what = f"ipc={config.ipc}" + (f" with formation={formation}" if formation > 1 else "")
             _refuse(f"{what} makes {images} images, and at most {self.largest_set} may leave this site.")
         if config.privacy == "dp":
             delta = delta_of(config, records_of(data.train, config.unit))

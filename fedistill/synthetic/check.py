@@ -34,8 +34,8 @@ def check_set(
 ) -> None:
     """Raise `FedistillError` ("refused-set") unless `candidate` is what site `site` was asked for.
 
-    ipc: images per class. counts: the images per class that the site declared. policy: the setting `budget`. scale: the setting
-    `formation`. Images with hard labels have a budget per
+    ipc: images per class. counts: the images per class that the site declared. policy: the setting `budget`. scale: their
+    `formation_of`. Images with hard labels have a budget per
     class; soft labels, which may come to favour another class than the one they began with, and findings only one in all.
     """
 

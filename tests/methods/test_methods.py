@@ -12,7 +12,7 @@ from fedistill.config import make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
 from fedistill.matching.distil import distil, start
-from fedistill.matching.problem import Bundle, Real, prepare
+from fedistill.matching.problem import Bundle, Real, formation_of, images_per_class, prepare
 from fedistill.methods import distribution, gradient
 from fedistill.methods.registry import METHODS, method_of
 from fedistill.methods.selection import farthest, nearest_mean
@@ -129,6 +129,22 @@ def test_a_formation_must_divide_the_images(tiny: Dataset) -> None:
     check_settings(make_config({"formation": 4}).resolved(), task_of(tiny))
     with pytest.raises(FedistillError, match="formation=3 does not divide images of 16 x 16 pixels"):
         check_settings(make_config({"formation": 3}).resolved(), task_of(tiny))
+
+
+@pytest.mark.parametrize(
+    ("method", "formation", "geometry", "want"),
+    [
+        ("dm", 0, (1, 28, 28), 2), ("dm", 0, (3, 64, 64), 2), ("dm", 0, (1, 16, 16), 1), ("dm", 0, (1, 29, 29), 1),
+        ("cf", 0, (1, 28, 28), 1), ("dm", 0, (1, 28, 28, 28), 1), ("dm", 1, (1, 28, 28), 1), ("mtt", 2, (1, 16, 16), 2),
+        ("cf", 3, (1, 30, 30), 3),
+    ],
+)  # fmt: skip
+def test_only_what_was_measured_is_kept_smaller_unasked(
+    method: str, formation: int, geometry: tuple[int, ...], want: int
+) -> None:
+    config = make_config({"method": method, "formation": formation, "ipc": 5})
+    assert formation_of(config, geometry) == want
+    assert images_per_class(config, geometry) == 5 * want ** (len(geometry) - 1)
 
 
 def test_every_method_either_steps_or_selects() -> None:

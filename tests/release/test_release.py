@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedistill import load_set
 from fedistill.config import make_config
 from fedistill.data.sources import load_data
 from fedistill.errors import FedistillError
+from fedistill.models.enlarge import enlarge, reduce
 from fedistill.release.claim import CONDITIONS, certainty, read_claim, upwards
 from fedistill.release.document import Card
 from fedistill.release.make import make_release
@@ -25,6 +27,13 @@ from fedistill.release.seal import keygen, load_private
 from fedistill.release.verify import verify
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
+from fedistill.wire import quantise
+
+
+def halved(made: SyntheticSet) -> SyntheticSet:
+    """The set with every other pixel, enlarged again."""
+    return quantise(replace(made, images=enlarge(reduce(made.images, 2), 2), scale=2))
+
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = {
@@ -33,6 +42,7 @@ SETS = {
     "mixed": lambda: set_of(private(), NONE),
     "soft": lambda: set_of(private(), soft=True, classes=3, shape=(3, 28, 28)),
     "multilabel": lambda: set_of(NONE, kind="multilabel", classes=14),
+    "enlarged": lambda: halved(set_of(private())),
     "volumes": lambda: set_of(NONE, shape=(1, 28, 28, 28), classes=11, per_class=6),
 }
 
@@ -158,6 +168,17 @@ def test_known_and_unspecified_licenses(tmp_path: Path) -> None:
         text = (tmp_path / str(k) / "README.md").read_text()
         assert text.startswith(f"---\nlicense: {expected}\n")
         assert license in json.loads((tmp_path / str(k) / "croissant.json").read_text())["license"]
+
+
+def test_the_card_of_a_set_that_is_kept_smaller_says_so(tmp_path: Path) -> None:
+    made = SETS["enlarged"]()
+    released(made, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "28x28 pixels (kept as 14x14 and enlarged) with 1 channel " in card
+    assert "`scale`" in card
+    assert np.load(tmp_path / "out" / f"{CARD.name}.npz")["train_images"].shape == (len(made), 28, 28)
+    released(SETS["private"](), tmp_path / "plain")
+    assert "kept as" not in (tmp_path / "plain" / "README.md").read_text()
 
 
 def test_guarantee_stands_first(tmp_path: Path) -> None:
