@@ -123,8 +123,8 @@ class Config:
     formation: int = _key(
         0,
         "2: keep four images of half the size (volumes: eight) in the place of one, enlarged where they are used; 3: nine of a "
-        "third; 1: whole images; ipc counts places, so the bytes stay as they are; 0: 2 for dm on images with even sides of 28 "
-        "pixels or more, else 1",
+        "third; 1: whole images; ipc counts places, so the bytes stay as they are; 0: 2 for dm where an image has one "
+        "class and even sides of 28 pixels or more, else 1",
         scope="distill",
         low=0,
         high=8,

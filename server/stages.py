@@ -276,7 +276,7 @@ def _validated(
 def _merged(run: Run, task: Task, sets: Mapping[str, SyntheticSet], val: Split | None) -> SyntheticSet:
     """The union of the sets that the setting `merge` lets in. What was found about each is in `suspects.json`."""
     config, made, about = run.config, list(sets.values()), run.sites()
-    ipc = images_per_class(config, task.geometry)
+    ipc = images_per_class(config, task)
     counts = {site: about[site]["counts"] or [ipc] * task.classes for site in sets}
     budgets = {site: budget_of(counts[site], ipc, config.budget) for site in sets}
     robust = config.merge == "robust"
@@ -306,7 +306,7 @@ def _distil(
     opening = "experts" if method_of(run.config).prepares else "distill"
     phases = dict.fromkeys((nodes[node] for node in first), opening)
     # where counts are private, each class may have its whole budget
-    ipc = images_per_class(run.config, task.geometry)
+    ipc = images_per_class(run.config, task)
     counts = {name: about["counts"] or [ipc] * task.classes for name, about in run.sites().items()}
     for site in phases:
         run.note(site, opening, "start")
@@ -331,7 +331,7 @@ def _distil(
         run.curve(site, now["curve"])
         if not ready:
             return first[node]
-        policy, scale = run.config.budget, formation_of(run.config, task.geometry)
+        policy, scale = run.config.budget, formation_of(run.config, task)
         most = most_images(task, ipc=ipc, counts=counts[site], policy=policy)
         made, sent = read_set(content, max_images=most, geometry=task.geometry, classes=task.classes)
         check_set(made, site=site, task=task, ipc=ipc, counts=counts[site], policy=policy, scale=scale)

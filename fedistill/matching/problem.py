@@ -35,20 +35,21 @@ NOISE = 0.3  # deviation of noise images; with 1.0 the leftover noise hides the 
 FEW = 5  # real images of a class
 
 
-def formation_of(config: Config, geometry: Sequence[int]) -> int:
-    """The side of an image of `geometry` (channels, then pixels along each axis) over that of one as it is kept.
+def formation_of(config: Config, task: Task) -> int:
+    """The side of an image over that of one as it is kept.
 
     Where the setting is 0: 2 where that did better on validation (docs/benchmark.md, "Smaller images, more of them"), else 1.
     """
     if config.formation:
         return config.formation
-    measured = config.method == "dm" and len(geometry) == 3 and all(n >= 28 and n % 2 == 0 for n in geometry[1:])
-    return 2 if measured else 1
+    sides = task.geometry[1:]
+    measured = config.method == "dm" and task.kind == "multiclass" and len(sides) == 2
+    return 2 if measured and all(side >= 28 and side % 2 == 0 for side in sides) else 1
 
 
-def images_per_class(config: Config, geometry: Sequence[int]) -> int:
+def images_per_class(config: Config, task: Task) -> int:
     """Synthetic images per class and site: one for each of `ipc` places, or several smaller ones (`formation_of`)."""
-    return config.ipc * formation_of(config, geometry) ** len(geometry[1:])
+    return config.ipc * formation_of(config, task) ** len(task.geometry[1:])
 
 
 def budget_of(counts: Sequence[int], ipc: int, policy: str) -> list[int]:
@@ -85,7 +86,7 @@ class Bundle:
 
     def targets(self, config: Config) -> Tensor:
         """Targets `(m, K)` of the images to be made, sorted by class."""
-        wanted = images_per_class(config, self.task.geometry)
+        wanted = images_per_class(config, self.task)
         if self.task.kind == "multilabel":
             return cover(self.findings, wanted * self.task.classes)
         budget = budget_of(self.counts, wanted, config.budget)
@@ -97,7 +98,7 @@ class Bundle:
         """What the budget of a class was cut to, and which classes have so few images that each of them shows."""
         if self.task.kind == "multilabel":
             return ()
-        ipc = images_per_class(config, self.task.geometry)
+        ipc = images_per_class(config, self.task)
         notes = []
         for name, n in zip(self.task.class_names, self.counts, strict=True):
             if self.noisy:
@@ -197,7 +198,7 @@ class Matching:
     @property
     def scale(self) -> int:
         """The side of an image as it is shown over that of one as it is kept."""
-        return formation_of(self.config, self.bundle.task.geometry)
+        return formation_of(self.config, self.bundle.task)
 
     @property
     def total(self) -> int:

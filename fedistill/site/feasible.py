@@ -14,6 +14,7 @@ from fedistill.methods.registry import method_of
 from fedistill.models.augment import parse_operations
 from fedistill.models.flat import device_of
 from fedistill.privacy.rules import check_private
+from fedistill.site.describe import task_of
 
 
 def check_words(config: Config) -> None:
@@ -60,7 +61,7 @@ def check_settings(config: Config, task: Task) -> None:
             "not-for-task",
             f"budget={config.budget} is by class, but here an image may have several findings: use equal.",
         )
-    sides, formation = task.geometry[1:], formation_of(config, task.geometry)
+    sides, formation = task.geometry[1:], formation_of(config, task)
     if any(side % formation for side in sides):
         raise FedistillError(
             "not-for-size",
@@ -79,7 +80,7 @@ def check_budget(config: Config, data: Dataset) -> None:
         return
     wanted = config.ipc * data.classes
     if data.kind == "multilabel":  # no class is cut to what it has
-        wanted = images_per_class(config, data.geometry) * data.classes
+        wanted = images_per_class(config, task_of(data)) * data.classes
     if wanted > len(data.train):
         raise FedistillError(
             "budget",

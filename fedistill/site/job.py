@@ -292,7 +292,7 @@ def _private_facts(config: Config, task: Task, experts: Path) -> dict[str, Any]:
     rows: list[tuple[list[int], int]] = []
     if task.kind == "multilabel":  # which findings occur together is private: one at a time, and none
         rows = [
-            (row, images_per_class(config, task.geometry) * task.classes)
+            (row, images_per_class(config, task) * task.classes)
             for row, n in zip(one_each(task.classes), [*counts[: task.classes], 1], strict=True)
             if n
         ]

@@ -38,6 +38,7 @@ from fedistill.privacy.ledger import Cap, cap_of
 from fedistill.privacy.plan import delta_of, records_of
 from fedistill.release.claim import UNITS as CLAIMED
 from fedistill.release.claim import check_conditions, read_claim
+from fedistill.site.describe import task_of
 from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
@@ -130,9 +131,9 @@ class Policy:
         Raises `FedistillError` ("policy") where nothing is left, where images have several findings, and on a job whose set could
         not leave: before anything is spent on it.
         """
-        images = images_per_class(config, data.geometry) * data.classes
+        images = images_per_class(config, task_of(data)) * data.classes
         if self.largest_set is not None and images > self.largest_set:
-            formation = formation_of(config, data.geometry)
+            formation = formation_of(config, task_of(data))
             what = f"ipc={config.ipc}" + (f" with formation={formation}" if formation > 1 else "")
             _refuse(f"{what} makes {images} images, and at most {self.largest_set} may leave this site.")
         if config.privacy == "dp":

@@ -21,6 +21,7 @@ from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import going_on, nets_of, rates_of, shown_rounds
 from fedistill.evaluation.comparators import ALONE, comparators
 from fedistill.evaluation.fit import LEARNING_RATES
+from fedistill.experts.train import Task
 from fedistill.matching.problem import horizon, images_per_class
 from fedistill.methods.registry import method_of
 from fedistill.study.plan import Cell
@@ -106,7 +107,8 @@ def _estimate(c: Config, cores: int, trained: set[str], compared: set[str]) -> E
             networks = _networks(c)
             parameters = _parameters(c, size, classes)
     experts = networks * steps * c.expert_batch
-    images = images_per_class(c, (1, size, size)) * classes
+    kind = "multiclass" if c.task == "auto" else c.task
+    images = images_per_class(c, Task((1, size, size), (), "", kind)) * classes
     if method.schedule is not None:
         per_iteration = 4 * c.syn_steps * min(images, c.syn_batch)
     elif method.sees_images and method.select is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cmath
+import dataclasses
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from fedistill.config import make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
+from fedistill.experts.train import Task
 from fedistill.matching.distil import distil, start
 from fedistill.matching.problem import Bundle, Real, formation_of, images_per_class, prepare
 from fedistill.methods import distribution, gradient
@@ -143,8 +145,11 @@ def test_only_what_was_measured_is_kept_smaller_unasked(
     method: str, formation: int, geometry: tuple[int, ...], want: int
 ) -> None:
     config = make_config({"method": method, "formation": formation, "ipc": 5})
-    assert formation_of(config, geometry) == want
-    assert images_per_class(config, geometry) == 5 * want ** (len(geometry) - 1)
+    task = Task(geometry, ("a", "b"), "generic")
+    assert formation_of(config, task) == want
+    assert images_per_class(config, task) == 5 * want ** (len(geometry) - 1)
+    if not formation:  # whose budget is not cut to what a class has
+        assert formation_of(config, dataclasses.replace(task, kind="multilabel")) == 1
 
 
 def test_every_method_either_steps_or_selects() -> None:
