@@ -48,7 +48,8 @@ def private_answers(
     """Noisy counts (`evaluation.metrics`) of each model's answers on one split, as nested lists of whole numbers from 0.
 
     models: parameters `(P,)` by "architecture" or "architecture@anything". They are paid for, by `config.eval_epsilon`, before
-    an image is read; people in one split are in no other, so each split has an account of its own. The same question is
+    an image is read. Each split has an account of its own (within one state of the data, people in one split are in no other),
+    and `cap` is over all of them: a split that is cut anew when data grow has other people in it. The same question is
     answered from what was stored the first time, and costs nothing more; where that is gone, it is another spend.
     Raises `FedistillError` where nothing may be spent, or more than `cap` has left, and on models that do not fit.
     """
