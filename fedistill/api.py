@@ -46,7 +46,7 @@ def distill(
     data = of_task(from_tensors(images, labels, class_names=class_names, modality=modality), config.task)
     check_ledger_stays(config)
     with tempfile.TemporaryDirectory(prefix="fedistill-") as temporary:
-        return distill_site(config, data, "site", Path(config.work or temporary), on_progress=on_progress)
+        return distill_site(config, data, "site", Path(config.work or temporary).expanduser(), on_progress=on_progress)
 
 
 def check_ledger_stays(config: Config) -> None:
