@@ -164,6 +164,7 @@ def test_private_work_keeps_its_ledger_and_its_cap(fedistill, tmp_path: Path) ->
     assert "differential privacy for every image" in json.loads(text)["manifest"]["privacy"]["statement"]
     ledger = tmp_path / "work/site-phantom/ledger.db"
     assert ledger.exists()
+    assert ledger.parent.stat().st_mode & 0o777 == 0o700  # sketches and experts of private data are for nobody else
     code, _, err = fedistill("distill", "--out", tmp_path / "two", *private, "--seed", "1")
     assert code == 2
     assert "over the lifetime cap of 25" in err

@@ -32,7 +32,7 @@ from fedistill.privacy.once import begin, drop, may_have_been_used, nonce_of, us
 from fedistill.privacy.plan import records_by_unit
 from fedistill.processes import alone
 from fedistill.site.describe import task_of
-from fedistill.site.folder import ledger_file, site_folder
+from fedistill.site.folder import ledger_file, make_site_folder
 
 
 def private_answers(
@@ -62,7 +62,7 @@ def private_answers(
     if not models or not len(records):  # both are public
         return {name: torch.zeros(counts_shape(task.classes, task.kind), dtype=torch.int64).tolist() for name in models}
     key = _key(config, data, models, split)
-    folder = site_folder(work, site) / "answers"
+    folder = make_site_folder(work, site) / "answers"
     file, plan = folder / f"{key}.json", folder / f"{key}.plan.json"
     with alone(folder, wait=True):
         if not file.exists():

@@ -32,7 +32,7 @@ from fedistill.privacy.plan import plan_of_steps, records_of
 from fedistill.processes import alone
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
-from fedistill.site.folder import ledger_file, site_folder
+from fedistill.site.folder import ledger_file, make_site_folder
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _private_round(
     model, rate, _ = _read(name)
     asked = hashlib.sha256(name.encode() + theta.cpu().numpy().tobytes()).hexdigest()
     key = f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts', 'eval')}-{quote(run, safe='')}"
-    folder = site_folder(work, site) / f"average-{key}"
+    folder = make_site_folder(work, site) / f"average-{key}"
     file = folder / f"round-{round}.safetensors"
     plan_file, counts = folder / "plan.json", counts_file(folder)
     with alone(folder, wait=True):

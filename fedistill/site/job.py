@@ -44,7 +44,7 @@ from fedistill.privacy.ledger import Cap
 from fedistill.privacy.rules import statement_of
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget
-from fedistill.site.folder import ledger_file, site_folder
+from fedistill.site.folder import ledger_file, make_site_folder, site_folder
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import quantise
@@ -106,6 +106,7 @@ def advance(
         return Progress(**_tupled(read_json(folders.progress(round))))
     if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
         check_budget(config, data)
+    make_site_folder(work, site)
     began, until = time.monotonic(), time.monotonic() + seconds
     phases = PHASES if method.prepares else PHASES[1:]  # others may have trained experts here
     spent = {phase: read_json(file) for phase in phases if (file := folders.seconds(phase)).exists()}
