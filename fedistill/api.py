@@ -17,6 +17,7 @@ from fedistill.errors import FedistillError
 from fedistill.privacy.ledger import Cap
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget, check_settings
+from fedistill.site.folder import sites_with_ledgers
 from fedistill.site.job import Progress, advance, released_set
 from fedistill.synthetic.set import SyntheticSet
 
@@ -45,7 +46,7 @@ def distill(
     data = of_task(from_tensors(images, labels, class_names=class_names, modality=modality), config.task)
     check_ledger_stays(config)
     with tempfile.TemporaryDirectory(prefix="fedistill-") as temporary:
-        return distill_site(config, data, "site", Path(config.work or temporary), on_progress=on_progress)
+        return distill_site(config, data, "site", Path(config.work or temporary).expanduser(), on_progress=on_progress)
 
 
 def check_ledger_stays(config: Config) -> None:
@@ -54,6 +55,17 @@ def check_ledger_stays(config: Config) -> None:
         raise FedistillError(
             "no-work",
             "privacy=dp keeps a ledger of what was ever spent on these data: say where with --work, and keep it.",
+        )
+
+
+def check_one_ledger(work: Path, site: str) -> None:
+    """Raise `FedistillError` where `work` holds a ledger of another name: a cap would not count what is on it."""
+    others = [name for name in sites_with_ledgers(work) if name != site]
+    if others:
+        raise FedistillError(
+            "other-ledger",
+            f"{work} holds the ledger of {', '.join(others)}, and these data are called {site}: a lifetime cap would not count "
+            "what was spent there. Keep the name of the data's file, or give data of other people a --work of their own.",
         )
 
 
@@ -78,6 +90,8 @@ def distill_site(
     check_budget(config, data)
     if cap is not None and config.privacy != "dp":
         raise FedistillError("privacy-off", "A lifetime cap means nothing without privacy=dp: add --privacy dp.")
+    if cap is not None:
+        check_one_ledger(work, site)
     while True:
         progress = advance(config, data, site, work, seconds=config.slice_seconds, cap=cap)
         if on_progress:

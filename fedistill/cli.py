@@ -235,7 +235,7 @@ def distill(
     cap = cap_of(lifetime_epsilon, lifetime_delta)
     check_ledger_stays(config)
     loaded = load_data(config)
-    workplace = Path(config.work) if config.work else folder.with_name(f".{folder.name}.work")
+    workplace = Path(config.work).expanduser() if config.work else folder.with_name(f".{folder.name}.work")
     try:
         with _bar() as bar:
             made = distill_site(config, loaded, loaded.name, workplace, on_progress=bar, cap=cap)

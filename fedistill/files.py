@@ -33,6 +33,17 @@ def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
     os.replace(temporary, path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a loss of power; what the files hold is not meant."""
+    if os.name == "nt":  # which opens no folders
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
 def write_once(path: Path, content: bytes) -> bytes:
     """Write atomically, for the owner's eyes alone, unless the file is there: returns what it holds, which never changes."""
     path.parent.mkdir(parents=True, exist_ok=True)

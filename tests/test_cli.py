@@ -13,6 +13,8 @@ import pytest
 
 from fedistill import cli, load_set
 from fedistill.evaluation import predictor
+from fedistill.privacy.ledger import Ledger
+from fedistill.site.folder import ledger_file
 
 TINY = ["--experts", "2", "--width", "4", "--iterations", "4", "--ipc", "2", "--preset", "quick"] + [
     part
@@ -162,9 +164,21 @@ def test_private_work_keeps_its_ledger_and_its_cap(fedistill, tmp_path: Path) ->
     assert "differential privacy for every image" in json.loads(text)["manifest"]["privacy"]["statement"]
     ledger = tmp_path / "work/site-phantom/ledger.db"
     assert ledger.exists()
+    assert ledger.parent.stat().st_mode & 0o777 == 0o700  # sketches and experts of private data are for nobody else
     code, _, err = fedistill("distill", "--out", tmp_path / "two", *private, "--seed", "1")
     assert code == 2
     assert "over the lifetime cap of 25" in err
+
+
+def test_a_cap_is_not_got_round_by_another_name_of_the_file(fedistill, tmp_path: Path) -> None:
+    """The same images as export-december.npz instead of export-november.npz would have a ledger of their own."""
+    private = ("--data", "phantom", "--privacy", "dp", "--epsilon", "20", "--work", tmp_path / "work")
+    cap = ("--lifetime-epsilon", "25", "--lifetime-delta", "0.01")
+    Ledger(ledger_file(tmp_path / "work", "export, of/november"))
+    code, _, err = fedistill("distill", "--out", tmp_path / "set", *private, *cap)
+    assert code == 2
+    assert "holds the ledger of export, of/november, and these data are called phantom" in err
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["site-export%2C%20of%2Fnovember"]
 
 
 def test_distill_then_evaluate(fedistill, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from fedistill.deploy import (
     run_words,
 )
 from fedistill.errors import FedistillError
+from fedistill.site.policy import read_policy
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +241,13 @@ def test_a_site_from_a_kit_and_what_start_needs(
     for words in ([], ["--kit", kit, "--name", "n"]):
         with pytest.raises(FedistillError, match="has its name from --kit, or from --name"):
             say("site", "init", *words, "--data", "d", "--work", "w", "--site", tmp_path / "other.toml")
+
+
+def test_a_work_folder_may_begin_with_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave `--work=~/w` as it is: the ledger would lie in a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    say("site", "init", "--name", "north", "--data", "phantom", "--work=~/w", "--site", tmp_path / "site.toml")
+    assert read_policy(tmp_path / "site.toml").work == tmp_path / "w"
 
 
 @pytest.mark.parametrize(

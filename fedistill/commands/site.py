@@ -80,7 +80,8 @@ def init(
     absolute = Path(data).expanduser().absolute()
     found = read_kit(Path(kit)) if kit is not None else None
     called = found.name if found is not None else str(name)
-    words = {"name": called, "data": str(absolute) if absolute.exists() else data, "work": str(Path(work).absolute())}
+    place_of_work = Path(work).expanduser().absolute()  # shells expand --work ~/w, and not --work=~/w
+    words = {"name": called, "data": str(absolute) if absolute.exists() else data, "work": str(place_of_work)}
     text = TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()})
     if found is not None:
         check_path(place.absolute())

@@ -33,6 +33,7 @@ class State:
     skipped_in_a_row: int = 0
     rate: float = 1.0  # of the learning rate of the images; halved when iterations keep being skipped
     replaced: int = 0
+    made_of: str = ""  # a word for the private results that it is made of; empty without privacy
     medians: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 

@@ -139,20 +139,27 @@ def calibrate(
         this = Mechanism(name="", sample_rate=sample_rate, noise_multiplier=sigma, steps=steps)
         return epsilon_of([*before, this], delta).epsilon
 
+    hopeless = FedistillError(
+        "too-little-epsilon", f"No noise is enough for epsilon={epsilon:g} at delta={delta:g}: ask for more."
+    )
     low, high = 0.0, 1.0
     while spends(high) > epsilon:
         low, high = high, 2 * high
         if high > MOST_NOISE:
-            raise FedistillError(
-                "too-little-epsilon", f"No noise is enough for epsilon={epsilon:g} at delta={delta:g}: ask for more."
-            )
+            raise hopeless
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
         if middle < 0.05 or spends(middle) > epsilon:  # below that no accountant is asked: it would take minutes
             low = middle
         else:
             high = middle
-    return math.ceil(high * 1e4) / 1e4
+    sigma = math.ceil(high * 1e4) / 1e4
+    # The accountant's error has steps: at a very small delta a little more noise can be said to spend a little more.
+    while spends(sigma) > epsilon:
+        sigma = math.ceil(1.0005 * sigma * 1e4) / 1e4
+        if sigma > MOST_NOISE:
+            raise hopeless
+    return sigma
 
 
 def _history(mechanisms: Sequence[Mechanism]) -> tuple[tuple[float, float, int], ...]:

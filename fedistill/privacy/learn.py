@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from secrets import token_hex
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from fedistill.config import Config
 from fedistill.data.dataset import Split
 from fedistill.data.records import Records
 from fedistill.errors import FedistillError
-from fedistill.experts.train import Task
-from fedistill.files import read_json, read_tensors, write_json, write_tensors
+from fedistill.experts.train import Task, expert_file, steps_done
+from fedistill.files import read_json, read_tensors, write_tensors
 from fedistill.matching.problem import membership
 from fedistill.methods import sketch
 from fedistill.methods.registry import method_of
@@ -27,7 +26,8 @@ from fedistill.privacy.denoise import denoise
 from fedistill.privacy.dpsgd import train_private_experts
 from fedistill.privacy.ledger import Cap, Ledger
 from fedistill.privacy.noise import noisy
-from fedistill.privacy.plan import Plan, plan_of, records_by_unit, records_of
+from fedistill.privacy.once import begin, drop, may_have_been_used, nonce_of, use
+from fedistill.privacy.plan import Plan, expert_steps, plan_of, records_by_unit, records_of
 from fedistill.processes import alone
 
 HEAVIEST = 10.0  # class weight
@@ -39,7 +39,8 @@ def learn(
     """Work until the clock says `until`: (steps done, steps in total). A call goes on where the last one stopped.
 
     The whole plan is on the ledger, durably, before a record is read. Work that a kill interrupts is done again with fresh
-    noise, and only what is finished is ever used: the plan covers one use of each mechanism.
+    noise, and only what is finished is ever used: the plan covers one use of each mechanism. What was finished once and is
+    gone is planned, and paid for, anew (`privacy.once`).
     Raises `FedistillError` where the plan is impossible, or more than the ledger's `cap` has left.
     """
     with alone(folder, wait=True):  # of two processes each would release a noisy result of its own
@@ -49,16 +50,47 @@ def learn(
 def _learn(
     config: Config, task: Task, train: Split, folder: Path, *, site: str, ledger: Path, cap: Cap | None, until: float
 ) -> tuple[int, int]:
-    plan = pay(_plan(config, train, folder), ledger, what=_word(config), site=site, cap=cap)
+    _forget(config, folder)
+    plan_file = _plan(config, train, folder)
+    plan = pay(plan_file, ledger, what=_word(config), site=site, cap=cap)
     if method_of(config).sketch:
         file = sketch_file(folder)
         if not file.exists():
             records = records_by_unit(train, plan.unit)
             sums = sketch.sketch(config, task, train.images, _targets(train, task), records)
             write_tensors(file, {"sums": noisy(sums, plan["sketch"])}, {})
+        use(plan_file, file)
         return 1, 1
     weights = private_weights(config, task, train, folder, plan["counts"])
-    return train_private_experts(config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until)
+    done, total = train_private_experts(
+        config, task, train, folder, mechanism=plan["dp-sgd"], weights=weights, until=until
+    )
+    if done == total:
+        use(plan_file, *_results(config, folder))
+    return done, total
+
+
+def _forget(config: Config, folder: Path) -> None:
+    """Remove what must not be mixed with noise that is drawn from now on."""
+    plan_file, results = _plan_file(config, folder), _results(config, folder)
+    if may_have_been_used(plan_file, results[0]) and not learned(config, folder):
+        drop(plan_file, results)
+    elif not results[0].exists():  # experts of an interrupted job learned with counts that are gone
+        for result in results:
+            result.unlink(missing_ok=True)
+
+
+def learned(config: Config, folder: Path) -> bool:
+    """Whether everything that a plan pays for is there."""
+    if method_of(config).sketch:
+        return sketch_file(folder).exists()
+    goal = expert_steps(config)
+    return counts_file(folder).exists() and all(steps_done(folder, e) >= goal for e in range(config.experts))
+
+
+def plan_nonce(config: Config, folder: Path) -> str:
+    """A word for the noise in `folder`: another one where it was drawn anew. Empty where there is no plan."""
+    return nonce_of(_plan_file(config, folder))
 
 
 def read_plan(config: Config, folder: Path) -> Plan:
@@ -79,15 +111,15 @@ def load_plan(file: Path) -> Plan:
 
 
 def store_plan(file: Path, plan: Plan) -> None:
-    """With a nonce, which makes another spend of what is done again because its folder was deleted."""
+    """With a nonce, which makes another spend of what is done again because it was deleted."""
     first, second = (vars(a) if a is not None else None for a in (plan.first, plan.second))
-    stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second, "nonce": token_hex(8)}
-    write_json(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
+    stored = {"unit": plan.unit, "records": plan.records, "first": first, "second": second}
+    begin(file, stored | {"mechanisms": [m.to_dict() for m in plan.mechanisms]})
 
 
 def pay(plan_file: Path, ledger: Path, *, what: str, site: str, cap: Cap | None) -> Plan:
     """The plan in a file, once it is on the ledger. Raises `FedistillError` where `cap` forbids it."""
-    plan, nonce = load_plan(plan_file), read_json(plan_file)["nonce"]
+    plan, nonce = load_plan(plan_file), nonce_of(plan_file)
     Ledger(ledger).spend(
         key=f"{plan_file.parent.name}/{what}/{nonce}",
         data=site,
@@ -107,7 +139,7 @@ def private_counts(config: Config, folder: Path) -> list[int]:
         counts = read_tensors(sketch_file(folder))[0]["sums"][:, -1] / sketch.COUNT_WEIGHT
         noise = plan["sketch"].noise_multiplier * sketch.NORM / sketch.COUNT_WEIGHT
     else:
-        counts = read_tensors(_counts_file(folder))[0]["counts"]
+        counts = read_tensors(counts_file(folder))[0]["counts"]
         noise = plan["counts"].noise_multiplier
     return [round(n) if n > noise else 0 for n in counts.tolist()]
 
@@ -143,6 +175,10 @@ def sketch_file(folder: Path) -> Path:
     return folder / "private-sketch.safetensors"
 
 
+def counts_file(folder: Path) -> Path:
+    return folder / "private-counts.safetensors"
+
+
 def private_weights(config: Config, task: Task, train: Split, folder: Path, mechanism: Mechanism) -> Tensor:
     """Class weights `(K,)` out of the noisy counts in `folder`, which are made with `mechanism` where there are none yet."""
     records = records_by_unit(train, config.unit)
@@ -175,13 +211,16 @@ def _plan_file(config: Config, folder: Path) -> Path:
     return folder / f"plan-{_word(config)}.json"
 
 
-def _counts_file(folder: Path) -> Path:
-    return folder / "private-counts.safetensors"
+def _results(config: Config, folder: Path) -> list[Path]:
+    """The files that the plan pays for, in the order in which they are made."""
+    if method_of(config).sketch:
+        return [sketch_file(folder)]
+    return [counts_file(folder), *(expert_file(folder, e) for e in range(config.experts))]
 
 
 def _counts(task: Task, train: Split, folder: Path, records: Records, mechanism: Mechanism) -> Tensor:
     """Noisy images per class `(K,)`: a record counts 1 in all, spread over the classes of its images."""
-    file = _counts_file(folder)
+    file = counts_file(folder)
     if not file.exists():
         member = torch.nn.functional.normalize(_targets_by_class(train, task), dim=1)
         counts = (member * records.share[:, None]).sum(0)

@@ -107,7 +107,7 @@ class Ledger:
         delta: that the work was planned at. note: one line for people.
 
         When it returns, the entry survives a killed process and a loss of power. Raises `FedistillError`, with nothing
-        written: "over-budget" where the work, composed with everything that was ever spent on `data`, would pass `cap`;
+        written: "over-budget" where the work, composed with everything that is on this ledger, would pass `cap`;
         "other-work" where the key was used for something else; "bad-spend" for arguments that are none; "broken-ledger".
         """
         asked = Entry(
@@ -132,7 +132,8 @@ class Ledger:
                 if entry.key == key:
                     return self._same(entry, asked)
             if cap is not None:
-                _check_cap([m for e in _of(entries, data) for m in e.mechanisms], asked, cap)
+                # Whatever data they name: splits are cut anew when data grow, and a person may have been in each of them.
+                _check_cap([m for e in entries for m in e.mechanisms], asked, cap)
             entry = sealed(_after(asked, head_of(entries)))
             base.execute(f"INSERT INTO entries VALUES ({', '.join('?' * len(FIELDS))})", entry.to_row())
             base.execute("COMMIT")
@@ -289,7 +290,12 @@ def _check(asked: Entry) -> None:
 
 
 def _check_cap(past: Sequence[Mechanism], asked: Entry, cap: Cap) -> None:
-    """Raises `FedistillError` where `asked`, composed with all the `past`, passes `cap`."""
+    """Raises `FedistillError` where `asked`, composed with all the `past`, passes `cap`.
+
+    One composition of everything bounds what is told of any one record: a mechanism on a split that the record was not in tells
+    nothing of it, so that to count it can only be too much. It is less than the sum of each split's epsilon, which would be
+    said at the sum of their deltas.
+    """
     total = epsilon_of([*past, *asked.mechanisms], cap.delta).epsilon
     if total <= cap.epsilon:
         return
@@ -297,6 +303,6 @@ def _check_cap(past: Sequence[Mechanism], asked: Entry, cap: Cap) -> None:
     raise FedistillError(
         "over-budget",
         f"{asked.what} on {asked.data} would bring epsilon to {total:.3f} at delta={cap.delta:g}, over the lifetime cap of "
-        f"{cap.epsilon:g}: {spent:.3f} is spent, {max(cap.epsilon - spent, 0):.3f} is left, and this work alone asks for "
-        f"{alone:.3f}; give it more noise or fewer steps.",
+        f"{cap.epsilon:g}: {spent:.3f} is spent on this site's data, {max(cap.epsilon - spent, 0):.3f} is left, "
+        f"and this work alone asks for {alone:.3f}; give it more noise or fewer steps.",
     )

@@ -25,13 +25,14 @@ from fedistill.files import read_tensors, write_tensors
 from fedistill.memory import one_thread
 from fedistill.models.flat import device_of
 from fedistill.privacy.dpsgd import PrivateSGD
-from fedistill.privacy.learn import pay, private_weights, store_plan
+from fedistill.privacy.learn import counts_file, pay, private_weights, store_plan
 from fedistill.privacy.ledger import Cap
+from fedistill.privacy.once import drop, may_have_been_used, use
 from fedistill.privacy.plan import plan_of_steps, records_of
 from fedistill.processes import alone
 from fedistill.seeding import generator
 from fedistill.site.describe import task_of
-from fedistill.site.folder import ledger_file, site_folder
+from fedistill.site.folder import ledger_file, make_site_folder
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def train_round(
     for other parameters.
 
     *Formal guarantee* of privacy=dp: the answers to all rounds together have the epsilon of `plan_of_steps`, whatever
-    parameters are sent. The number of records is declared public.
+    parameters are sent, as long as the site keeps them: what is lost is paid for, and answered, anew. The number of records is
+    declared public.
     """
     if not 1 <= round <= config.fl_rounds:
         raise FedistillError("no-round", f"There is no round {round}: fl_rounds={config.fl_rounds}.")
@@ -125,18 +127,25 @@ def _private_round(
     run: str,
     cap: Cap | None,
 ) -> Local:
-    """The answer to a round is stored and never made twice: two answers with two noises would be more than was paid for."""
+    """The answer to a round is stored and never made twice: two answers with two noises would be more than was paid for.
+
+    Where one is gone that was given, or the counts that the rounds share, all that this plan paid for is dropped, and rounds are
+    answered from then on under another plan, which costs once more.
+    """
     if len(thetas) != 1:
         raise FedistillError("many-networks", f"The plan pays for one network, and the server sent {len(thetas)}.")
     ((name, theta),) = thetas.items()
     model, rate, _ = _read(name)
     asked = hashlib.sha256(name.encode() + theta.cpu().numpy().tobytes()).hexdigest()
     key = f"{data.fingerprint_by(config.unit)}-{config.key('data', 'experts', 'eval')}-{quote(run, safe='')}"
-    folder = site_folder(work, site) / f"average-{key}"
+    folder = make_site_folder(work, site) / f"average-{key}"
     file = folder / f"round-{round}.safetensors"
+    plan_file, counts = folder / "plan.json", counts_file(folder)
     with alone(folder, wait=True):
         if not file.exists():
-            plan_file, records = folder / "plan.json", records_of(data.train, config.unit)
+            if any(may_have_been_used(plan_file, result) and not result.exists() for result in (file, counts)):
+                drop(plan_file, [counts, *folder.glob("round-*.safetensors")])
+            records = records_of(data.train, config.unit)
             if not plan_file.exists():
                 store_plan(plan_file, plan_of_steps(config, records, config.fl_rounds * config.fl_steps))
             plan = pay(plan_file, ledger_file(work, site), what="averaging", site=site, cap=cap)
@@ -146,6 +155,7 @@ def _private_round(
             for _ in range(config.fl_steps):
                 steps.step()
             write_tensors(file, {"theta": steps.theta()}, {"asked": asked, "records": records})
+        use(plan_file, counts, file)
     parts, about = read_tensors(file)
     if about["asked"] != asked:
         raise FedistillError(

@@ -28,7 +28,7 @@ from fedistill.data.dataset import Dataset, Split
 from fedistill.data.public import NORMALISATION, normalise
 from fedistill.data.records import Records
 from fedistill.errors import FedistillError
-from fedistill.experts.train import Task, architectures_of, load_trajectory, train_experts
+from fedistill.experts.train import Task, architectures_of, load_trajectory, steps_done, train_experts
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
 from fedistill.matching.distil import check_skips, distil, finished, start, warnings
 from fedistill.matching.overlap import overlap_limit
@@ -39,12 +39,12 @@ from fedistill.methods import sketch
 from fedistill.methods.registry import Method, method_of
 from fedistill.models.flat import device_of
 from fedistill.models.loss import targets_of
-from fedistill.privacy.learn import denoised, learn, private_counts, private_sketch, read_plan
+from fedistill.privacy.learn import denoised, learn, learned, plan_nonce, private_counts, private_sketch, read_plan
 from fedistill.privacy.ledger import Cap
 from fedistill.privacy.rules import statement_of
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget
-from fedistill.site.folder import ledger_file, site_folder
+from fedistill.site.folder import ledger_file, make_site_folder, site_folder
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
 from fedistill.wire import quantise
@@ -102,14 +102,15 @@ def advance(
             f"privacy={config.privacy} has no epsilon, and this site has a cap of {cap.epsilon:g}: use dp.",
         )
     folders, method = _Folders.of(config, data, site, work, run), method_of(config)
-    if (folders.release(round) / "manifest.json").exists():
+    if folders.released(round):
         return Progress(**_tupled(read_json(folders.progress(round))))
     if data.kind == "multilabel":  # there is no budget per class that could be cut to what the site has
         check_budget(config, data)
+    make_site_folder(work, site)
     began, until = time.monotonic(), time.monotonic() + seconds
     phases = PHASES if method.prepares else PHASES[1:]  # others may have trained experts here
     spent = {phase: read_json(file) for phase in phases if (file := folders.seconds(phase)).exists()}
-    if not folders.facts.exists():
+    if not folders.ready(config):
         task, checkpoints, done, total = task_of(data), folders.checkpoints, 0, 0
         if config.privacy == "dp":
             done, total = learn(
@@ -185,7 +186,11 @@ def _distil_slice(
         if method.meets_others:
             bundle = replace(bundle, trajectories=folders.trajectories(config, folders.met(round)))
     matching = prepare(config, method, bundle, real=real, context=context, round=round)
+    made_of = folders.made_of(config)
     state = load_state(folders.state, device_of(config.device)) if folders.state.exists() else start(matching, site)
+    if state.made_of != made_of:  # of noise that was drawn before: one set is made under one plan
+        state = start(matching, site)
+        state.made_of = made_of
     before, total = state.iteration, matching.goal
     distil(matching, state, until=until)
     save_state(state, folders.state)
@@ -222,7 +227,7 @@ def released_set(
 
 def has_experts(config: Config, data: Dataset, site: str, work: Path) -> bool:
     """Whether `advance` has no more experts to train before it distils."""
-    return _Folders.of(config, data, site, work, "").facts.exists()
+    return _Folders.of(config, data, site, work, "").ready(config)
 
 
 def expert_paths(config: Config, data: Dataset, site: str, work: Path) -> tuple[Tensor, ...]:
@@ -258,7 +263,7 @@ def _facts(config: Config, data: Dataset, folders: _Folders) -> dict[str, Any]:
     """
     task, train, checkpoints = task_of(data), data.train, folders.checkpoints
     if config.privacy == "dp":
-        return _private_facts(config, task, folders.experts)
+        return _private_facts(config, task, folders.experts) | {"plan": folders.made_of(config)}
     targets = targets_of(train.labels, task.classes, task.kind)
     if method_of(config).sketch:
         records = Records.of_images(len(train))
@@ -366,6 +371,19 @@ class _Folders:
         """Written when everything that the method is made of is there: a sketch, experts of so many checkpoints, or both."""
         return self.experts / f"facts-{'sketch-' if self.sketched else ''}{self.checkpoints}.json"
 
+    def ready(self, config: Config) -> bool:
+        """Whether the facts are there, and everything that they are said of: files can be removed, or be drawn anew."""
+        if not self.facts.exists():
+            return False
+        if config.privacy == "dp":
+            return learned(config, self.experts) and read_json(self.facts).get("plan") == self.made_of(config)
+        steps, n = self.checkpoints * config.checkpoint_every, config.experts if self.checkpoints else 0
+        trained = all(steps_done(self.experts, e) >= steps for e in range(n))
+        return trained and (self.sketch.exists() or not self.sketched)
+
+    def made_of(self, config: Config) -> str:
+        return plan_nonce(config, self.experts) if config.privacy == "dp" else ""
+
     @property
     def sketch(self) -> Path:
         return self.experts / "sketch.safetensors"
@@ -383,6 +401,11 @@ class _Folders:
 
     def release(self, round: int) -> Path:
         return self.experts / self.name / f"round-{round}"
+
+    def released(self, round: int) -> bool:
+        """Whether the set of a round is there, with all that is said of it."""
+        folder = self.release(round)
+        return all(p.exists() for p in (folder / "manifest.json", folder / "set.safetensors", self.progress(round)))
 
 
 def _spend(folders: _Folders, spent: dict[str, float], phase: str, began: float) -> None:

@@ -227,6 +227,14 @@ def test_calibration_never_overshoots_and_is_tight(epsilon: float, rate: float, 
     assert epsilon_of([*before, mechanism(rate, 0.997 * sigma, steps)], 1e-5).epsilon > epsilon
 
 
+@pytest.mark.parametrize("epsilon", [0.5, 1.0, 5.0])
+def test_calibration_does_not_overshoot_at_a_very_small_delta(epsilon: float) -> None:
+    """The accountant's error has steps there, and rounding sigma can go over one: the gate refused what was paid for."""
+    sigma = calibrate(epsilon, 1e-15, sample_rate=1.0, steps=1)
+    assert epsilon_of([mechanism(1.0, sigma)], 1e-15).epsilon <= epsilon
+    assert epsilon_of([mechanism(1.0, 0.99 * sigma)], 1e-15).epsilon > epsilon
+
+
 def test_what_was_spent_before_needs_more_noise() -> None:
     # Two halves with the same noise are one run of all the steps.
     whole = calibrate(3, 1e-5, sample_rate=0.3, steps=40)

@@ -260,6 +260,31 @@ def test_what_is_secret_is_not_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(a[1], b[1])
 
 
+def test_nobody_knows_who_takes_part_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accountant counts on it: with coins that are known, each step costs what it costs without sampling."""
+    taken: list[list[int]] = []
+    monkeypatch.setattr(dpsgd, "sample", lambda *a: taken.append(sample(*a).tolist()) or torch.tensor(taken[-1]))
+    for _ in range(2):
+        torch.manual_seed(0)  # the global generator, which others may set, decides nothing
+        sgd = started(labelled(), gaussian())
+        for _ in range(4):
+            sgd.step()
+    assert len({tuple(index) for index in taken}) == 8  # of 2**40, each as likely as the other
+
+
+def test_the_noise_of_a_step_is_half_the_sum_of_four_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opacus' secure mode: one draw that is thrown away, then four, whose gaps between floating-point numbers do not line up."""
+    drawn(monkeypatch, [])
+    sgd = started(labelled(), gaussian(noise=1.7, clip=0.3))
+    before, real, draws = sgd.theta(), torch.normal, []
+    monkeypatch.setattr(torch, "normal", lambda *a, **k: draws.append(real(*a, **k)) or draws[-1])
+    sgd.step()
+    shapes = [p.shape for p in sgd._net.parameters()]
+    assert [d.shape for d in draws] == [shape for own in shapes for shape in ((1, 1), own, own, own, own)]
+    noise = torch.cat([sum(draws[k + 1 : k + 5]).flatten() / 2 for k in range(0, len(draws), 5)])
+    torch.testing.assert_close(sgd.theta() - before, -settings().dp_lr / (0.5 * 40) * noise, rtol=1e-3, atol=1e-6)
+
+
 def test_a_generator_holds_more_than_a_seed_of_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's own `manual_seed` on the CPU keeps 32 bits: whoever tries them all can subtract the noise."""
     words = iter(range(10_000, 11_000))

@@ -99,16 +99,25 @@ def test_the_weaker_unit_is_reported(ledger: Ledger) -> None:
 
 def test_the_cap_holds_to_the_last_digit(ledger: Ledger) -> None:
     spend(ledger, "a", mechanism(5.0, 4))
-    spend(ledger, "other", mechanism(0.3), data="derma")  # spends nothing of chest
     total = epsilon_of([mechanism(5.0, 4), mechanism(5.0, 5)], 1e-6).epsilon
     with fails("over-budget") as refused:
         spend(ledger, "b", mechanism(5.0, 5), cap=Cap(epsilon=total - 1e-9, delta=1e-6))
     spent, asked = (epsilon_of([mechanism(5.0, steps)], 1e-6).epsilon for steps in (4, 5))
     for number in (total, total, spent, total - spent, asked):
         assert f"{number:.3f}" in refused.value.sentence or f"{number:g}" in refused.value.sentence
-    assert len(ledger.entries()) == 2
+    assert len(ledger.entries()) == 1
     spend(ledger, "b", mechanism(5.0, 5), cap=Cap(epsilon=total, delta=1e-6))
     assert ledger.spent("chest", 1e-6).epsilon == total
+
+
+def test_the_cap_is_over_all_data_of_a_site(ledger: Ledger) -> None:
+    """A person who was in validation may be in training once the data have grown, and the splits are cut anew."""
+    for k, split in enumerate(("north", "north/val")):
+        spend(ledger, split, mechanism(5.0, k + 1), data=split)
+    total = epsilon_of([mechanism(5.0, 3), mechanism(4.0)], 1e-6).epsilon
+    with fails("over-budget", "is spent on this site's data"):
+        spend(ledger, "c", mechanism(4.0), data="north/test", cap=Cap(epsilon=total - 1e-9, delta=1e-6))
+    spend(ledger, "c", mechanism(4.0), data="north/test", cap=Cap(epsilon=total, delta=1e-6))
 
 
 WORK = st.tuples(st.sampled_from([2.0, 5.0, 20.0]), st.integers(1, 6), st.sampled_from([1.0, 0.1]))
