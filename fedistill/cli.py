@@ -268,7 +268,7 @@ def evaluate(
     settings: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train fresh networks on a synthetic set and test them, beside as many random real images."""
+    """Train fresh networks on a synthetic set and test them, beside random real images of as many bytes."""
     from fedistill.data.sources import load_data
     from fedistill.evaluation.single import evaluate_set
     from fedistill.report.tables import arms_table
