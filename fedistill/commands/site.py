@@ -173,7 +173,7 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
     from fedistill.site.gate import request_of
     from fedistill.site.look import audit_of, lay_out
 
-    request = request_of(_policy(file), name)
+    request = request_of(_policy(file, writes=True), name)
     made = request.load()
     look, attacked = lay_out(request, made), audit_of(request)
     claim, counts = read_claim(made), made.groups.bincount(minlength=len(made.class_names)).tolist()
@@ -218,7 +218,7 @@ def audit(
     from fedistill.data.sources import load_data
     from fedistill.site.gate import request_of
 
-    policy = _policy(file)
+    policy = _policy(file, writes=True)
     request = request_of(policy, name)
     config = make_config(request.job["config"] | {"data": policy.data}).resolved()
     data = policy.check_data(config, replace(load_data(config), name=policy.name))
@@ -264,17 +264,22 @@ def _decide(name: str, file: str, reason: str, *, approved: bool) -> None:
     from fedistill.site.code import MARK, code_of
     from fedistill.site.gate import decide, request_of
 
-    policy = _policy(file)
+    policy = _policy(file, writes=True)
     request: Code | Request = code_of(policy, name) if name.startswith(MARK) else request_of(policy, name)
     request.load()  # still what was looked at
     decision = decide(policy, request.id, approved=approved, reason=reason)
     say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
 
 
-def _policy(file: str) -> Policy:
+def _policy(file: str, *, writes: bool = False) -> Policy:
+    """The policy in a file. writes: whether the command writes to the site's folder, which its own account alone may do."""
+    from fedistill.site.folder import check_account
     from fedistill.site.policy import read_policy
 
-    return read_policy(Path(file))
+    policy = read_policy(Path(file))
+    if writes:
+        check_account(policy.work, policy.name)
+    return policy
 
 
 def _facts(request: Request) -> dict[str, Any]:

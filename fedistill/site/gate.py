@@ -27,7 +27,7 @@ from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
 from fedistill.privacy.chain import START, BrokenChain, Head, check_head
 from fedistill.processes import alone
-from fedistill.site.folder import site_folder
+from fedistill.site.folder import account_name, check_account, site_folder
 from fedistill.site.policy import Policy
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
@@ -133,6 +133,7 @@ def decide(policy: Policy, name: str, *, approved: bool, reason: str, who: str |
     """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back."""
     if len(reason) > LONGEST_REASON or "\n" in reason:
         raise FedistillError("bad-reason", f"A reason is one line of at most {LONGEST_REASON} characters.")
+    check_account(policy.work, policy.name)
     folder = site_folder(policy.work, policy.name)
     try:
         return _decide(folder, name, approved, reason, who)
@@ -186,10 +187,15 @@ def read_log(folder: Path) -> list[Decision]:
 
 def _read_log(folder: Path) -> list[Decision]:
     file = folder / "decisions.jsonl"
-    head = _head(file)  # before the lines: a decision may be written right now
+    try:
+        head, lines = _head(file), _lines(file)  # in this order: a decision may be written right now
+    except PermissionError as error:  # of another account that decided before it was refused
+        raise FedistillError(
+            "not-allowed", f"{error.filename} belongs to another account: chown it to the owner of {folder}."
+        ) from None
     found: list[Decision] = []
     hashes: list[str] = []
-    for place, line in enumerate(_lines(file), 1):
+    for place, line in enumerate(lines, 1):
         try:
             decision = Decision(**json.loads(line))
         except (ValueError, TypeError):
@@ -242,15 +248,7 @@ def _line(decision: Decision) -> bytes:
 
 
 def _account() -> str:
-    """By its number, and not by what the environment says of it."""
-    try:
-        import pwd
-
-        return pwd.getpwuid(os.getuid()).pw_name
-    except ImportError:  # Windows
-        return getpass.getuser()
-    except KeyError:
-        return f"account {os.getuid()}"
+    return account_name(os.getuid()) if hasattr(os, "getuid") else getpass.getuser()
 
 
 def now() -> str:
