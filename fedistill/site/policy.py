@@ -42,6 +42,7 @@ from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
 CODE = ("installed", "approved")
+DATA_KEYS = ("seed", "modality", "image_size", "task")  # of scope "data", what holds where the data are a site's own
 JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
 
 
@@ -108,6 +109,14 @@ class Policy:
     answers: bool = True
     jobs: Mapping[str, Range | Choice] = field(default_factory=dict)
     connection: Connection | None = None
+
+    def at_site(self, config: Config) -> Config:
+        """A job without what it says of a simulation's data, such as how many sites divide them: with it, the same work in a
+        federation with one site more would be done, and paid for, again."""
+        usual = {f.name: f.default for f in fields(Config) if f.metadata["scope"] == "data" and f.name not in DATA_KEYS}
+        if self.data.strip() == "phantom":  # a trial, whose phantoms the job describes
+            usual = {name: value for name, value in usual.items() if not name.startswith("phantom_")}
+        return Config(**(config.to_dict() | usual))
 
     def check_job(self, config: Config) -> None:
         """Raise `FedistillError` ("policy") on a job that the site does not take part in."""
