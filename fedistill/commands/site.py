@@ -236,7 +236,10 @@ def approve(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
 
 @app.command()
 def reject(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
-    """Do not let a set leave, or the code of a job run. The server learns that it was rejected, and nothing more."""
+    """Do not let a set leave, or the code of a job run, which may have been approved before.
+
+    The server learns that it was rejected, and nothing more.
+    """
     _decide(name, file, reason, approved=False)
 
 
@@ -261,12 +264,13 @@ def log(file: Where = "site.toml", as_json: AsJson = False) -> None:
 
 
 def _decide(name: str, file: str, reason: str, *, approved: bool) -> None:
-    from fedistill.site.code import MARK, code_of
-    from fedistill.site.gate import decide, request_of
+    from fedistill.site.code import code_of
+    from fedistill.site.gate import CODE_MARK, decide, request_of
 
     policy = _policy(file, writes=True)
-    request: Code | Request = code_of(policy, name) if name.startswith(MARK) else request_of(policy, name)
-    request.load()  # still what was looked at
+    request: Code | Request = code_of(policy, name) if name.startswith(CODE_MARK) else request_of(policy, name)
+    if approved:
+        request.load()  # still what was looked at
     decision = decide(policy, request.id, approved=approved, reason=reason)
     say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
 
@@ -292,9 +296,9 @@ def _about(code: Code) -> dict[str, Any]:
 
 def _short(name: str) -> str:
     """Enough of an id to tell it from others."""
-    from fedistill.site.code import MARK
+    from fedistill.site.gate import CODE_MARK
 
-    return name[: 8 + len(MARK) * name.startswith(MARK)]
+    return name[: 8 + len(CODE_MARK) * name.startswith(CODE_MARK)]
 
 
 def _word(request: Code | Request) -> str:

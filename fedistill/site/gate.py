@@ -38,6 +38,7 @@ BY_POLICY = ""  # nobody's account
 MOST_WAITING = 50
 LONGEST_REASON = 500
 DIGITS = 24  # of an id
+CODE_MARK = "app-"  # how the id of code begins, which is decided about in the same log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,8 @@ def request_of(policy: Policy, name: str) -> Request:
 
 
 def decide(policy: Policy, name: str, *, approved: bool, reason: str, who: str | None = None) -> Decision:
-    """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back."""
+    """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back. Only
+    approval of code can be taken back: it is about what is still to run."""
     if len(reason) > LONGEST_REASON or "\n" in reason:
         raise FedistillError("bad-reason", f"A reason is one line of at most {LONGEST_REASON} characters.")
     check_account(policy.work, policy.name)
@@ -149,11 +151,12 @@ def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | Non
         log = read_log(folder)
         file = folder / "decisions.jsonl"
         _store_head(file)  # one behind where a process was killed between its two writes
-        for before in log:
-            if before.id == name:
-                word = "approved" if before.approved else "rejected"
-                by = before.who or "the policy"
-                raise FedistillError("decided", f"{name} was {word} by {by} on {before.time}: that stands.")
+        before = _last(log, name)
+        taken_back = before is not None and before.approved and not approved and name.startswith(CODE_MARK)
+        if before is not None and not taken_back:
+            word = "approved" if before.approved else "rejected"
+            by = before.who or "the policy"
+            raise FedistillError("decided", f"{name} was {word} by {by} on {before.time}: that stands.")
         decision = Decision(
             time=now(),
             id=name,
@@ -172,7 +175,11 @@ def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | Non
 
 
 def decided(folder: Path, name: str) -> Decision | None:
-    return next((decision for decision in read_log(folder) if decision.id == name), None)
+    return _last(read_log(folder), name)
+
+
+def _last(log: Sequence[Decision], name: str) -> Decision | None:
+    return next((decision for decision in reversed(log) if decision.id == name), None)
 
 
 def read_log(folder: Path) -> list[Decision]:
