@@ -248,6 +248,8 @@ def test_a_site_from_a_kit_and_what_start_needs(
         (["run", "{server}", "{job}", "--name", "Bad Name"], "is no name for a run"),
         (["run", "{server}", "nowhere.toml"], "There is no file nowhere.toml."),
         (["run", "{server}", "{private}"], "privacy=dp needs a budget"),
+        (["run", "{server}", "{slip}"], "Unknown method 'nope'"),
+        (["run", "{server}", "{lonely}"], "quorum=4 is more than the 3 sites that take part"),
         (["run", "{server}", "{job}"], "say with sites = 3 how many take part"),
         (["run", "{job}", "{job}"], "holds no server"),
         (["status", "{server}", "nothing"], "There is no run nothing"),
@@ -260,8 +262,12 @@ def test_what_an_operator_gets_wrong(words: list[str], why: str, server: Server,
     job.write_text("ipc = 2\n")
     private = tmp_path / "private.toml"
     private.write_text('sites = 3\nprivacy = "dp"\n')
+    slip, lonely = tmp_path / "slip.toml", tmp_path / "lonely.toml"
+    slip.write_text('sites = 3\nmethod = "nope"\n')
+    lonely.write_text("sites = 3\nquorum = 4\n")
+    files = {"job": job, "private": private, "slip": slip, "lonely": lonely}
     with pytest.raises(FedistillError, match=why):
-        say("server", *(word.format(server=server.folder, job=job, private=private) for word in words))
+        say("server", *(word.format(server=server.folder, **files) for word in words))
 
 
 def test_a_server_that_does_not_run_is_said(server: Server, tmp_path: Path) -> None:

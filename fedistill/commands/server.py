@@ -176,8 +176,8 @@ def run(
     from fedistill.deploy import HERE, admitted_file, admitted_sites, read_server, run_words
     from fedistill.events import claim_folder
     from fedistill.files import read_toml, write_json
-    from fedistill.privacy.rules import check_private
     from fedistill.simulation import app_folder
+    from fedistill.site.feasible import check_words
 
     server = read_server(Path(folder))
     settings: dict[str, Any] = {"server_data": "none", "slice_seconds": SLICE} | read_toml(Path(job), "bad-job")
@@ -187,7 +187,7 @@ def run(
         settings["sites"] = len(settings["sites"])
     settings["out"] = str(_run_folder(server, name or Path(job).stem))
     config = make_config(settings).resolved()
-    check_private(config)
+    check_words(config)
     if Path(config.out).exists():
         claim_folder(Path(config.out), config)  # another job of that name is refused
     if not config.sites:
