@@ -45,6 +45,8 @@ from fedistill.simulation import app_folder
 from fedistill.wire import strict_json
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_PART = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # between the dots of a host's name
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_PART}(\.{_PART})*")
 _OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
 HERE = "here"  # what Flower's configuration calls the server
 _PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
@@ -137,7 +139,7 @@ def begin_server(folder: Path, address: str, port: int, own: Shown | None = None
         raise FedistillError("exists", f"{folder} {what}: choose another folder.")
     host, _, gate = address.partition(":")
     gate = gate or "443"
-    if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not gate.isdigit() or not 0 < int(gate) < 65536:
+    if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", gate) or not 0 < int(gate) < 65536:
         raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
     folder = folder.absolute()
     check_path(folder)
@@ -239,7 +241,8 @@ def read_kit(path: Path) -> Kit:
         if (
             set(parts) != {*_KIT, _SIGNATURE}
             or not NAME.fullmatch(name)
-            or not re.fullmatch(r"[A-Za-z0-9.-]+:[0-9]{1,5}", address)
+            or not _HOST.fullmatch(address.rpartition(":")[0])
+            or not re.fullmatch(r"[0-9]{1,5}", address.rpartition(":")[2])
         ):
             raise ValueError
         x509.load_pem_x509_certificate(parts["ca.crt"])

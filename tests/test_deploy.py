@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification  # noqa: F401
 
 from fedistill import cli
+from fedistill.certificates import check_certificates
 from fedistill.deploy import (
     MOST_BYTES,
     Server,
@@ -47,7 +48,27 @@ def test_a_server_is_found_again_and_not_made_twice(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "a b", "host:", "host:0", "host:99999", "host:x", "http://host", "h:1:2", "ho\nst"]
+    "address",
+    [
+        "",
+        "a b",
+        "host:",
+        "host:0",
+        "host:99999",
+        "host:x",
+        "host:²",
+        "http://host",
+        "h:1:2",
+        "ho\nst",
+        "a..b",
+        "-x-.org",
+        "x-.org",
+        ".org",
+        "org.",
+        "a\n",
+        "a" * 64 + ".org",
+        "a." * 127 + "org",
+    ],
 )
 def test_addresses(address: str, tmp_path: Path) -> None:
     if address == "host:":
@@ -56,6 +77,13 @@ def test_addresses(address: str, tmp_path: Path) -> None:
     with pytest.raises(FedistillError, match="is not the address of a server"):
         begin_server(tmp_path / "s", address, 1)
     assert not (tmp_path / "s").exists()
+
+
+def test_an_address_that_is_longer_than_a_common_name(tmp_path: Path) -> None:
+    host = f"{'a' * 63}.{'b' * 63}.example.org"
+    server = begin_server(tmp_path / "s", host, 1)
+    assert check_certificates(server.pki, host) == []  # a client that asks for that name trusts it
+    assert read_kit(make_kit(server, "north")[0]).address == f"{host}:443"
 
 
 def test_secrets_are_for_their_owner_alone(server: Server, tmp_path: Path) -> None:
