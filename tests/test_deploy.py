@@ -300,5 +300,6 @@ def test_what_an_operator_gets_wrong(words: list[str], why: str, server: Server,
 
 def test_a_server_that_does_not_run_is_said(server: Server, tmp_path: Path) -> None:
     (tmp_path / "k.pub").write_text("ecdsa-sha2-nistp384 AAAA")
+    make_kit(server, "north")
     with pytest.raises(FedistillError, match="is the server running"):
         say("server", "admit", server.folder, "north", tmp_path / "k.pub")
