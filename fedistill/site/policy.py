@@ -29,10 +29,14 @@ import torch
 
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
+from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError, unknown
+from fedistill.experts.train import architectures_of
 from fedistill.files import read_toml
+from fedistill.matching.objective import MASKS
 from fedistill.matching.problem import images_per_class
 from fedistill.methods.registry import METHODS
+from fedistill.models.augment import parse_operations
 from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
 from fedistill.privacy.plan import delta_of, records_of
@@ -43,7 +47,13 @@ from fedistill.synthetic.set import SyntheticSet
 UNITS = tuple(CLAIMED)  # the weakest first
 CODE = ("installed", "approved")
 DATA_KEYS = ("seed", "modality", "image_size", "task")  # of scope "data", what holds where the data are a site's own
-JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
+JOB_KEYS = {
+    f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")
+}  # all that means something at a site
+JOB_KEYS |= {*DATA_KEYS, "eval_epsilon", "device"}
+LARGEST_SIDE = (
+    512  # pixels that a job may resize images to where [jobs] says nothing of it: they have to fit into memory
+)
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,10 @@ class Policy:
                 _refuse(
                     f"{name}={getattr(config, name):g} is more than this site gives to one job: {self.max_epsilon:g}."
                 )
+        if "image_size" not in self.jobs and config.image_size > LARGEST_SIDE:
+            _refuse(
+                f"image_size={config.image_size} is more than {LARGEST_SIDE}, and this site's policy does not allow it."
+            )
         for name, allowed in self.jobs.items():
             if getattr(config, name) not in allowed:
                 _refuse(f"{name}={getattr(config, name)} is not allowed at this site: {allowed}.")
@@ -216,6 +230,7 @@ _KNOWN: dict[str, dict[str, type]] = {
     "connection": {"server": str, "authority": str, "key": str},
     "release": {"manual": bool, "largest_set": int, "smallest_class": int, "answers": bool},
 }
+_WORDS_OF: dict[str, Mapping[str, Any]] = {"method": METHODS, "mask": MASKS, "modality": NORMALISATION}
 _WORDS = {str: "text", bool: "true or false", float: "a number above 0", int: "a whole number above 0"}
 
 
@@ -295,10 +310,17 @@ def _allowed(name: str, value: Any) -> Range | Choice:
 def _check_values(name: str, values: Sequence[Any]) -> None:
     """Raise `FedistillError` where no job could have one of the values: it would be refused for ever, and nobody told why."""
     for value in values:
-        if getattr(make_config({name: value}), name) != value:  # as text that stands for a number
+        config = make_config({name: value})
+        if getattr(config, name) != value:  # as text that stands for a number
             _wrong(f"[jobs] {name}={value!r} is not as a job writes it.")
-        if name == "method" and value != "auto" and value not in METHODS:
-            raise unknown("method", str(value), METHODS)
+        if name == "model":
+            architectures_of(config)
+        if value == "auto":
+            continue
+        if name in _WORDS_OF and value not in _WORDS_OF[name]:
+            raise unknown(name, str(value), _WORDS_OF[name])
+        if name == "augment":
+            parse_operations(value)
 
 
 def _is_number(value: Any) -> bool:
