@@ -157,7 +157,8 @@ def answers(work: Callable[[Message, Site, Config], RecordDict]) -> Callable[[Me
             if policy is None:
                 folder = Path(config.work)
                 config = dataclasses.replace(config, workers=1)
-            else:  # the machine is the site's
+            else:  # the data and the machine are the site's
+                config = policy.at_site(config)
                 config = dataclasses.replace(config, workers=min(config.worker_count(), os.cpu_count() or 1))
             content = work(msg, find_site(config, node, policy), config)
         except FedistillError as error:

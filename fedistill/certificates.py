@@ -27,6 +27,7 @@ from fedistill.tls import trial
 DAYS = 825  # of a server's certificate
 AUTHORITY_DAYS = 3650  # a new authority means new kits for all sites
 WARN_DAYS = 30
+LONGEST_COMMON = 64  # characters of a certificate's common name
 MOST_BYTES = 100_000  # of a file in a kit
 _PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
 
@@ -90,7 +91,8 @@ def make_certificate(pki: Path, host: str) -> None:
     except ValueError:
         places.append(x509.DNSName(host))
     key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)])
+    shown = host if len(host) <= LONGEST_COMMON else "fedistill server"  # what counts is the alternative name below
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, shown)])
     end = min(_now() + datetime.timedelta(days=DAYS), authority.not_valid_after_utc)
     made = _builder(authority.subject, name, key, signer, end, signs=False)
     made = made.add_extension(x509.SubjectAlternativeName(list(dict.fromkeys(places))), critical=False)

@@ -2,7 +2,7 @@
 
     FOLDER/server.toml       the address that sites use, and the port behind it
     FOLDER/pki/              ca.crt, server.crt and their keys (`fedistill.certificates`); superexec.secret; kit.key
-    FOLDER/sites/            under which name each node was admitted
+    FOLDER/sites/, keys/     under which name each node was admitted, and its public key
     FOLDER/kits/north.zip    what a site gets: the authority's certificate, the address, its name. No secret.
     FOLDER/nginx.conf        passes to the sites what they need, and nothing else
     FOLDER/compose.yaml      the server and that proxy as containers
@@ -45,7 +45,10 @@ from fedistill.simulation import app_folder
 from fedistill.wire import strict_json
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_PART = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"  # between the dots of a host's name
+_HOST = re.compile(rf"(?=.{{1,253}}\Z){_PART}(\.{_PART})*")
 _OTHERS = ("flwr-agentapp", "flwr-connector", "flwr-model", "flwr-serverapp", "flwr-simulation")
+REMOVED = "Flower takes it never again, so the site makes a new one with `fedistill site init` in another folder."
 HERE = "here"  # what Flower's configuration calls the server
 _PEM, _PLAIN = serialization.Encoding.PEM, serialization.NoEncryption()
 _KIT = ("ca.crt", "site.json", "README.txt", "kit.pub")
@@ -137,7 +140,7 @@ def begin_server(folder: Path, address: str, port: int, own: Shown | None = None
         raise FedistillError("exists", f"{folder} {what}: choose another folder.")
     host, _, gate = address.partition(":")
     gate = gate or "443"
-    if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not gate.isdigit() or not 0 < int(gate) < 65536:
+    if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", gate) or not 0 < int(gate) < 65536:
         raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
     folder = folder.absolute()
     check_path(folder)
@@ -202,10 +205,7 @@ def read_server(folder: Path) -> Server:
 def make_kit(server: Server, name: str) -> tuple[Path, str]:
     """The kit of a site, and its fingerprint. Raises `FedistillError` on a name that would not do for a file, and on a key that
     is none any more."""
-    if not NAME.fullmatch(name):
-        raise FedistillError(
-            "bad-name", f"'{name}' is no name for a site: use up to 32 lower-case letters, digits and dashes."
-        )
+    check_name(name)
     parts = {
         "ca.crt": outside(server.pki).authority.read_bytes(),
         "site.json": json.dumps({"name": name, "address": server.address}, sort_keys=True).encode(),
@@ -215,12 +215,24 @@ def make_kit(server: Server, name: str) -> tuple[Path, str]:
     signer = load_private(server.pki / "kit.key")
     parts["kit.pub"] = public_bytes(signer.public_key())
     parts[_SIGNATURE] = signer.sign(_digest(parts))
-    path = server.folder / "kits" / f"{name}.zip"
+    path = kit_file(server, name)
     path.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(path, "w") as archive:
         for part in parts:
             archive.writestr(zipfile.ZipInfo(f"{name}/{part}"), parts[part])
     return path, _fingerprint(parts)
+
+
+def check_name(name: str) -> None:
+    """Raises `FedistillError` ("bad-name") on a name that would not do for a file."""
+    if not NAME.fullmatch(name):
+        raise FedistillError(
+            "bad-name", f"'{name}' is no name for a site: use up to 32 lower-case letters, digits and dashes."
+        )
+
+
+def kit_file(server: Server, name: str) -> Path:
+    return server.folder / "kits" / f"{name}.zip"
 
 
 def read_kit(path: Path) -> Kit:
@@ -239,7 +251,8 @@ def read_kit(path: Path) -> Kit:
         if (
             set(parts) != {*_KIT, _SIGNATURE}
             or not NAME.fullmatch(name)
-            or not re.fullmatch(r"[A-Za-z0-9.-]+:[0-9]{1,5}", address)
+            or not _HOST.fullmatch(address.rpartition(":")[0])
+            or not re.fullmatch(r"[0-9]{1,5}", address.rpartition(":")[2])
         ):
             raise ValueError
         x509.load_pem_x509_certificate(parts["ca.crt"])
@@ -316,14 +329,64 @@ def environment(home: Path) -> dict[str, str]:
     return {**os.environ, **quiet, "FLWR_HOME": str(home), "PATH": path}
 
 
-def note_site(server: Server, node: str, name: str) -> None:
-    """Keep under which name a node's key was admitted: Flower does not tell it. A file each, so that no two admissions meet."""
+def note_site(server: Server, node: str, name: str, key: bytes = b"") -> None:
+    """Keep under which name a node's key was admitted: Flower does not tell it. A file each, so that no two admissions meet.
+
+    key: the public one, where it is new.
+    """
+    if key:
+        write_bytes(server.folder / "keys" / node, key)
     write_bytes(server.folder / "sites" / node, name.encode())
+
+
+def forget_site(server: Server, node: str) -> None:
+    """Of a node that is out. Its key is kept, which Flower never takes again."""
+    (server.folder / "sites" / node).unlink()
 
 
 def admitted_sites(server: Server) -> dict[str, str]:
     """Names by the nodes' numbers."""
     return {file.name: file.read_text() for file in (server.folder / "sites").glob("[0-9]*")}
+
+
+def node_of_name(server: Server, name: str) -> str:
+    """Raises `FedistillError` ("no-site") where no site, or more than one, was admitted under the name."""
+    found = [node for node, other in admitted_sites(server).items() if other == name]
+    if len(found) != 1:
+        what = "No site" if not found else "More than one site"
+        raise FedistillError("no-site", f"{what} was admitted as '{name}': `fedistill server sites FOLDER` lists them.")
+    return found[0]
+
+
+def check_new(server: Server, name: str) -> None:
+    """Raises `FedistillError` where no site can be admitted under a name: it is none, has no kit, or is taken."""
+    check_name(name)
+    if not kit_file(server, name).exists():
+        raise FedistillError(
+            "no-kit",
+            f"There is no kit for '{name}' in {server.folder}: is it spelt right? `fedistill server add-site` makes one.",
+        )
+    if name in admitted_sites(server).values():
+        raise FedistillError(
+            "taken", f"'{name}' is admitted already: take it out first (`fedistill server remove-site`), or rename it."
+        )
+
+
+def check_key(server: Server, public: Path) -> bytes:
+    """A public key that was never admitted before. Raises `FedistillError`, where it was, with whose it is."""
+    if not public.is_file() or public.stat().st_size > 10_000 or b"PRIVATE" in public.read_bytes():
+        raise FedistillError("bad-key", f"{public} is no public key: the file that the site sends ends in .pub.")
+    key, names = public.read_bytes(), admitted_sites(server)
+    for file in (server.folder / "keys").glob("[0-9]*"):
+        if file.read_bytes().split()[:2] == key.split()[:2]:  # after these comes a comment
+            name = names.get(file.name)
+            raise FedistillError(
+                "known-key",
+                f"The key in {public} was admitted as '{name}': `fedistill server rename-site` gives it another name."
+                if name is not None
+                else f"The key in {public} is of a site that was removed: {REMOVED}",
+            )
+    return key
 
 
 def admitted_file(out: Path) -> Path:

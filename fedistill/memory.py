@@ -1,4 +1,4 @@
-"""How a training process uses the machine: one thread, and memory that it keeps."""
+"""How a training process uses the machine: one thread, memory that it keeps, and none that is not there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+from fedistill.errors import FedistillError
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 
@@ -42,3 +45,21 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_memory(size: int, what: str) -> None:
+    """Raise `FedistillError` ("no-memory") where `size` bytes for `what` are more than the machine has left: it would be killed."""
+    left = free_memory()
+    if left is not None and size > left:
+        raise FedistillError(
+            "no-memory", f"{what} takes {size / 1e9:.1f} GB of memory, and {left / 1e9:.1f} GB are free: ask for less."
+        )
+
+
+def free_memory() -> int | None:
+    """Bytes that programs can have without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None

@@ -22,7 +22,7 @@ from fedistill.certificates import (
     make_certificate,
     outside,
 )
-from fedistill.deploy import Server, begin_server, link_commands, make_kit, read_kit
+from fedistill.deploy import Server, begin_server, link_commands, make_kit, make_site_key, read_kit
 from fedistill.errors import FedistillError
 from fedistill.site.connection import reach
 from fedistill.site.policy import Connection
@@ -42,7 +42,7 @@ def link(server: Server, port: int, folder: Path) -> Connection:
     """A site's, from its kit."""
     kit = read_kit(make_kit(server, "north")[0])
     (folder / "north.ca.crt").write_bytes(kit.authority)
-    (folder / "north.key").write_text("not read")
+    make_site_key(folder / "north.key")
     return Connection(server=f"127.0.0.1:{port}", authority=folder / "north.ca.crt", key=folder / "north.key")
 
 

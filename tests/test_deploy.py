@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification  # noqa: F401
 
 from fedistill import cli
+from fedistill.certificates import check_certificates
 from fedistill.deploy import (
     MOST_BYTES,
     Server,
@@ -48,7 +49,27 @@ def test_a_server_is_found_again_and_not_made_twice(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "a b", "host:", "host:0", "host:99999", "host:x", "http://host", "h:1:2", "ho\nst"]
+    "address",
+    [
+        "",
+        "a b",
+        "host:",
+        "host:0",
+        "host:99999",
+        "host:x",
+        "host:²",
+        "http://host",
+        "h:1:2",
+        "ho\nst",
+        "a..b",
+        "-x-.org",
+        "x-.org",
+        ".org",
+        "org.",
+        "a\n",
+        "a" * 64 + ".org",
+        "a." * 127 + "org",
+    ],
 )
 def test_addresses(address: str, tmp_path: Path) -> None:
     if address == "host:":
@@ -57,6 +78,13 @@ def test_addresses(address: str, tmp_path: Path) -> None:
     with pytest.raises(FedistillError, match="is not the address of a server"):
         begin_server(tmp_path / "s", address, 1)
     assert not (tmp_path / "s").exists()
+
+
+def test_an_address_that_is_longer_than_a_common_name(tmp_path: Path) -> None:
+    host = f"{'a' * 63}.{'b' * 63}.example.org"
+    server = begin_server(tmp_path / "s", host, 1)
+    assert check_certificates(server.pki, host) == []  # a client that asks for that name trusts it
+    assert read_kit(make_kit(server, "north")[0]).address == f"{host}:443"
 
 
 def test_secrets_are_for_their_owner_alone(server: Server, tmp_path: Path) -> None:
@@ -256,6 +284,8 @@ def test_a_work_folder_may_begin_with_home(tmp_path: Path, monkeypatch: pytest.M
         (["run", "{server}", "{job}", "--name", "Bad Name"], "is no name for a run"),
         (["run", "{server}", "nowhere.toml"], "There is no file nowhere.toml."),
         (["run", "{server}", "{private}"], "privacy=dp needs a budget"),
+        (["run", "{server}", "{slip}"], "Unknown method 'nope'"),
+        (["run", "{server}", "{lonely}"], "quorum=4 is more than the 3 sites that take part"),
         (["run", "{server}", "{job}"], "say with sites = 3 how many take part"),
         (["run", "{job}", "{job}"], "holds no server"),
         (["status", "{server}", "nothing"], "There is no run nothing"),
@@ -268,11 +298,16 @@ def test_what_an_operator_gets_wrong(words: list[str], why: str, server: Server,
     job.write_text("ipc = 2\n")
     private = tmp_path / "private.toml"
     private.write_text('sites = 3\nprivacy = "dp"\n')
+    slip, lonely = tmp_path / "slip.toml", tmp_path / "lonely.toml"
+    slip.write_text('sites = 3\nmethod = "nope"\n')
+    lonely.write_text("sites = 3\nquorum = 4\n")
+    files = {"job": job, "private": private, "slip": slip, "lonely": lonely}
     with pytest.raises(FedistillError, match=why):
-        say("server", *(word.format(server=server.folder, job=job, private=private) for word in words))
+        say("server", *(word.format(server=server.folder, **files) for word in words))
 
 
 def test_a_server_that_does_not_run_is_said(server: Server, tmp_path: Path) -> None:
     (tmp_path / "k.pub").write_text("ecdsa-sha2-nistp384 AAAA")
+    make_kit(server, "north")
     with pytest.raises(FedistillError, match="is the server running"):
         say("server", "admit", server.folder, "north", tmp_path / "k.pub")

@@ -13,7 +13,7 @@ import yaml
 from fedistill import cli
 from fedistill.commands import server as commands
 from fedistill.config import make_config
-from fedistill.deploy import Server, admitted_file, begin_server
+from fedistill.deploy import Server, admitted_file, admitted_sites, begin_server, make_kit
 from fedistill.errors import FedistillError
 from fedistill.files import write_json
 
@@ -45,6 +45,8 @@ class Flower:
             self.runs[words[1]] = "finished:stopped"
         if words[:2] == ("supernode", "register"):
             return {"success": True, "node-id": 7001}
+        if words[:2] == ("supernode", "unregister"):
+            return {"success": True, "node-id": int(words[2])}
         if words[:2] == ("supernode", "list"):
             return {"success": True, "nodes": [{"node-id": "7001", "status": "online"}]}
         return {"runs": [{"run-id": name, "status": status} for name, status in self.runs.items()]}
@@ -182,6 +184,7 @@ def test_a_run_knows_under_which_name_each_key_was_admitted(
 ) -> None:
     """Flower does not tell the name that it is given."""
     (tmp_path / "north.key.pub").write_text("ecdsa-sha2-nistp384 AAAA")
+    make_kit(server, "north")
     say("server", "admit", server.folder, "north", tmp_path / "north.key.pub")
     capsys.readouterr()
     say("server", "sites", server.folder, "--json")
@@ -190,6 +193,51 @@ def test_a_run_knows_under_which_name_each_key_was_admitted(
     job.write_text(JOB)
     say("server", "run", server.folder, job)
     assert json.loads(admitted_file(server.folder / "runs" / "named").read_text()) == {"7001": "north"}
+
+
+def test_a_wrong_name_is_refused_and_mended(flower: Flower, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = begin_server(tmp_path / "fed", "fed.example.org", 8123)
+    key, same = tmp_path / "kk.pub", tmp_path / "same.pub"
+    key.write_text("ecdsa-sha2-nistp384 AAAA")
+    same.write_text("ecdsa-sha2-nistp384 AAAA somebody@host\n")
+    make_kit(server, "north")
+    make_kit(server, "south")
+
+    def refused(why: str, *words: object) -> None:
+        before = flower.asked[:]
+        with pytest.raises(FedistillError, match=why):
+            say("server", words[0], server.folder, *words[1:])
+        assert flower.asked == before
+
+    refused("is no name for a site", "admit", "nrth ../x", key)
+    refused("no kit for 'nrth'.*is it spelt right", "admit", "nrth", key)
+    say("server", "admit", server.folder, "south", key)
+    refused("same.pub was admitted as 'south': .*rename-site", "admit", "north", same)
+    refused("No site was admitted as 'west'", "rename-site", "west", "north")
+    refused("no kit for 'nrth'", "rename-site", "south", "nrth")
+    say("server", "rename-site", server.folder, "south", "north")
+    assert admitted_sites(server) == {"7001": "north"}
+    other = tmp_path / "other.pub"
+    other.write_text("ecdsa-sha2-nistp384 BBBB")
+    refused("'north' is admitted already", "admit", "north", other)
+    say("server", "remove-site", server.folder, "north")
+    assert flower.asked[-1] == ("supernode", "unregister", "7001", "here")
+    assert admitted_sites(server) == {}
+    refused("of a site that was removed: Flower takes it never again", "admit", "north", key)
+    say("server", "admit", server.folder, "north", other)
+
+
+def test_a_key_from_before_keys_were_kept(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def known(*_: object) -> None:
+        raise FedistillError(
+            "flower", "flwr supernode failed (is the server running?): [code: 23] Public key already in use."
+        )
+
+    monkeypatch.setattr(commands, "_answer", known)
+    make_kit(server, "east")
+    (tmp_path / "k.pub").write_text("ecdsa-sha2-nistp384 CCCC")
+    with pytest.raises(FedistillError, match="was admitted before, as one of those that `fedistill server sites"):
+        say("server", "admit", server.folder, "east", tmp_path / "k.pub")
 
 
 def test_a_job_names_the_sites_that_take_part(server: Server, flower: Flower, tmp_path: Path) -> None:

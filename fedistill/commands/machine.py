@@ -26,6 +26,7 @@ def start(
     """Connect to the server and work for it until stopped; a SuperNode that ends is started again."""
     from fedistill.deploy import node_command, node_environment
     from fedistill.site.connection import check_files
+    from fedistill.site.folder import check_account
     from fedistill.site.node import keep_running
     from fedistill.site.policy import read_policy
 
@@ -34,6 +35,7 @@ def start(
     if link is None:
         raise FedistillError("no-connection", f"{file} has no [connection]: `fedistill site init --kit` writes one.")
     check_files(link)
+    check_account(policy.work, policy.name)
     os.umask(0o077)  # what is made here is for nobody else
     policy.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     command = node_command(place, link.server, link.authority, link.key, port)

@@ -57,7 +57,7 @@ def make(
         card,
         key=None if key is None else load_private(Path(key)),
         audit=None if audit is None else read_audit(Path(audit)),
-        ledger=None if ledger is None else ledger_summary(Path(ledger), read_claim(loaded).delta),
+        ledger=None if ledger is None else ledger_summary(Path(ledger), read_claim(loaded)),
     )
     if as_json:
         print(json.dumps({"release": out} | said, indent=1))

@@ -135,15 +135,49 @@ def admit(
     key: Annotated[str, typer.Argument(metavar="KEY.PUB", help="The public key that the site made.")],
 ) -> None:
     """Let a site in whose public key arrived. The server has to be running."""
-    from fedistill.deploy import HERE, note_site, read_server
+    from fedistill.deploy import HERE, REMOVED, check_key, check_new, note_site, read_server
 
-    public = Path(key).absolute()
-    if not public.is_file() or public.stat().st_size > 10_000 or b"PRIVATE" in public.read_bytes():
-        raise FedistillError("bad-key", f"{key} is no public key: the file that the site sends ends in .pub.")
-    server = read_server(Path(folder))
-    told = _answer(server, "supernode", "register", str(public), HERE, "--name", name)
-    note_site(server, str(told["node-id"]), name)
+    server, public = read_server(Path(folder)), Path(key).absolute()
+    held = check_key(server, public)
+    check_new(server, name)
+    try:
+        told = _answer(server, "supernode", "register", str(public), HERE, "--name", name)
+    except FedistillError as error:
+        if "already in use" not in error.sentence:
+            raise
+        raise FedistillError(  # by a fedistill that kept no keys
+            "known-key",
+            f"The key in {key} was admitted before, as one of those that `fedistill server sites {folder}` lists "
+            f"(`fedistill server rename-site` renames it), or it was removed: {REMOVED}",
+        ) from None
+    note_site(server, str(told["node-id"]), name, held)
     say(f"{name} is admitted.")
+
+
+@app.command("rename-site")
+def rename_site(
+    folder: Folder, name: Name, new: Annotated[str, typer.Argument(metavar="NEW", help="What it should be called.")]
+) -> None:
+    """Give a site that was admitted under a wrong name the right one, which is that of its kit. Runs at work keep the old one."""
+    from fedistill.deploy import check_new, node_of_name, note_site, read_server
+
+    server = read_server(Path(folder))
+    node = node_of_name(server, name)
+    check_new(server, new)
+    note_site(server, node, new)
+    say(f"{name} is {new} now.")
+
+
+@app.command("remove-site")
+def remove_site(folder: Folder, name: Name) -> None:
+    """Take a site out for good: its SuperNode stops, and its key is never taken again. The server has to be running."""
+    from fedistill.deploy import HERE, forget_site, node_of_name, read_server
+
+    server = read_server(Path(folder))
+    node = node_of_name(server, name)
+    _answer(server, "supernode", "unregister", node, HERE)
+    forget_site(server, node)
+    say(f"{name} is out. To come back it needs a new key: `fedistill site init` in another folder.")
 
 
 @app.command()
@@ -176,8 +210,8 @@ def run(
     from fedistill.deploy import HERE, admitted_file, admitted_sites, read_server, run_words
     from fedistill.events import claim_folder
     from fedistill.files import read_toml, write_json
-    from fedistill.privacy.rules import check_private
     from fedistill.simulation import app_folder
+    from fedistill.site.feasible import check_words
 
     server = read_server(Path(folder))
     settings: dict[str, Any] = {"server_data": "none", "slice_seconds": SLICE} | read_toml(Path(job), "bad-job")
@@ -187,7 +221,7 @@ def run(
         settings["sites"] = len(settings["sites"])
     settings["out"] = str(_run_folder(server, name or Path(job).stem))
     config = make_config(settings).resolved()
-    check_private(config)
+    check_words(config)
     if Path(config.out).exists():
         claim_folder(Path(config.out), config)  # another job of that name is refused
     if not config.sites:

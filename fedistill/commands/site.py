@@ -174,7 +174,7 @@ def show(name: Id, file: Where = "site.toml", as_json: AsJson = False) -> None:
     from fedistill.site.gate import request_of
     from fedistill.site.look import audit_of, lay_out
 
-    request = request_of(_policy(file), name)
+    request = request_of(_policy(file, writes=True), name)
     made = request.load()
     look, attacked = lay_out(request, made), audit_of(request)
     claim, counts = read_claim(made), made.groups.bincount(minlength=len(made.class_names)).tolist()
@@ -219,7 +219,7 @@ def audit(
     from fedistill.data.sources import load_data
     from fedistill.site.gate import request_of
 
-    policy = _policy(file)
+    policy = _policy(file, writes=True)
     request = request_of(policy, name)
     config = make_config(request.job["config"] | {"data": policy.data}).resolved()
     data = policy.check_data(config, replace(load_data(config), name=policy.name))
@@ -237,7 +237,10 @@ def approve(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
 
 @app.command()
 def reject(name: Id, file: Where = "site.toml", reason: Reason = "") -> None:
-    """Do not let a set leave, or the code of a job run. The server learns that it was rejected, and nothing more."""
+    """Do not let a set leave, or the code of a job run, which may have been approved before.
+
+    The server learns that it was rejected, and nothing more.
+    """
     _decide(name, file, reason, approved=False)
 
 
@@ -262,20 +265,26 @@ def log(file: Where = "site.toml", as_json: AsJson = False) -> None:
 
 
 def _decide(name: str, file: str, reason: str, *, approved: bool) -> None:
-    from fedistill.site.code import MARK, code_of
-    from fedistill.site.gate import decide, request_of
+    from fedistill.site.code import code_of
+    from fedistill.site.gate import CODE_MARK, decide, request_of
 
-    policy = _policy(file)
-    request: Code | Request = code_of(policy, name) if name.startswith(MARK) else request_of(policy, name)
-    request.load()  # still what was looked at
+    policy = _policy(file, writes=True)
+    request: Code | Request = code_of(policy, name) if name.startswith(CODE_MARK) else request_of(policy, name)
+    if approved:
+        request.load()  # still what was looked at
     decision = decide(policy, request.id, approved=approved, reason=reason)
     say(f"{request.id} is {'approved' if approved else 'rejected'} by {decision.who}.")
 
 
-def _policy(file: str) -> Policy:
+def _policy(file: str, *, writes: bool = False) -> Policy:
+    """The policy in a file. writes: whether the command writes to the site's folder, which its own account alone may do."""
+    from fedistill.site.folder import check_account
     from fedistill.site.policy import read_policy
 
-    return read_policy(Path(file))
+    policy = read_policy(Path(file))
+    if writes:
+        check_account(policy.work, policy.name)
+    return policy
 
 
 def _facts(request: Request) -> dict[str, Any]:
@@ -288,9 +297,9 @@ def _about(code: Code) -> dict[str, Any]:
 
 def _short(name: str) -> str:
     """Enough of an id to tell it from others."""
-    from fedistill.site.code import MARK
+    from fedistill.site.gate import CODE_MARK
 
-    return name[: 8 + len(MARK) * name.startswith(MARK)]
+    return name[: 8 + len(CODE_MARK) * name.startswith(CODE_MARK)]
 
 
 def _word(request: Code | Request) -> str:

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from fedistill.data.assemble import SPLITS, Part, assemble
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError, unknown
+from fedistill.memory import check_memory
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 _SPLIT_WORDS = {
@@ -96,6 +97,7 @@ def read_images(paths: Sequence[Path], image_size: int) -> np.ndarray:
     if len(paths) < 2:
         return np.zeros((len(paths), 1, 1, 1), dtype=np.uint8)  # `assemble` reports it
     first = _read(paths[0], image_size)
+    check_memory(len(paths) * first.nbytes, f"{len(paths)} images of {_size(first)} pixels")
     out = np.empty((len(paths), *first.shape), dtype=np.uint8)
 
     def fill(i: int) -> None:

@@ -19,6 +19,7 @@ from fedistill.data.npz import load_npz
 from fedistill.data.phantoms import phantom_data
 from fedistill.data.public import known_modality
 from fedistill.errors import FedistillError, unknown
+from fedistill.memory import check_memory
 
 
 def load_data(config: Config) -> Dataset:
@@ -78,6 +79,8 @@ def _resized(data: Dataset, size: int) -> Dataset:
     """Square images, or cubes, of `size` pixels per side; unchanged when `size` is 0."""
     if size == 0 or set(data.geometry[1:]) == {size}:
         return data
+    pixels = size ** (len(data.geometry) - 1) * data.geometry[0]
+    check_memory(pixels * sum(map(len, data.splits.values())), f"image_size={size} for the images of {data.name}")
     train, val, test = (replace(split, images=resize(split.images, size)) for split in data.splits.values())
     return replace(data, train=train, val=val, test=test)
 

@@ -9,14 +9,15 @@ from typing import Any, NoReturn
 
 from fedistill.errors import FedistillError
 from fedistill.files import read_plain
-from fedistill.privacy.accounting import upwards
-from fedistill.release.claim import Claim
+from fedistill.privacy.accounting import PRECISION, upwards
+from fedistill.release.claim import Claim, SiteClaim
 from fedistill.wire import strict_json
 
 LARGEST = 2**20  # bytes of an audit file
 MOST_ATTACKS = 100
+LONGEST_METHOD = 50  # characters
+ROUNDING = 0.02  # of an epsilon that is asked for: the noise is calibrated so that no more is spent, and little less
 KEPT = (  # besides the fields that are checked one by one; of no other field anything is quoted
-    "method",
     "delta",
     "canaries",
     "canary_source",
@@ -55,6 +56,10 @@ def checked_audit(found: Any, where: str) -> dict[str, Any]:
     if claimed is not None and (isinstance(claimed, bool) or not isinstance(claimed, int | float) or claimed < 0):
         _refuse(where, "claimed_epsilon is neither a number nor null")
     audit["claimed_epsilon"] = claimed
+    method = found.get("method")
+    if not isinstance(method, str) or not 0 < len(method) <= LONGEST_METHOD:
+        _refuse(where, "it names no method that was attacked")
+    audit["method"] = method
     attacks = found.get("attacks", [])
     if not isinstance(attacks, list) or len(attacks) > MOST_ATTACKS:
         _refuse(where, f"attacks is not a list of at most {MOST_ATTACKS} entries")
@@ -74,8 +79,8 @@ def checked_audit(found: Any, where: str) -> dict[str, Any]:
 
 
 def check_audit(audit: Mapping[str, Any], claim: Claim) -> None:
-    """Raise `FedistillError` where an attack showed more leakage than the claim allows ("audit-contradicts"), and where
-    real images are in the set ("copies")."""
+    """Raise `FedistillError` where an attack showed more leakage than the claim allows ("audit-contradicts"), where
+    real images are in the set ("copies"), and where something else was attacked than what made the set ("other-audit")."""
     if claim.epsilon is not None and audit["epsilon_lower"] > claim.epsilon:
         raise FedistillError(
             "audit-contradicts",
@@ -87,17 +92,37 @@ def check_audit(audit: Mapping[str, Any], claim: Claim) -> None:
             "copies",
             f"The audit found {audit['copies']['exact']} synthetic images that are real training images: no release.",
         )
+    if not any(_fits(audit, site) for site in claim.sites):
+        made = dict.fromkeys(_what(site.method or "an unknown method", site.epsilon) for site in claim.sites)
+        raise FedistillError(
+            "other-audit",
+            f"The audit attacked {_what(audit['method'], audit['claimed_epsilon'])}, and the set was made by {' or '.join(made)}: "
+            "give an audit of the same settings.",
+        )
 
 
 def audit_sentence(audit: Mapping[str, Any]) -> str:
     """What the audit found, with what it could have found at most."""
     found = (
-        f"Attacks show epsilon of at least {audit['epsilon_lower']:.2f} ({audit['confidence']:.0%} confidence); "
+        f"Attacks show epsilon of at least {audit['epsilon_lower']:.2f} ({audit['confidence']:.0%} confidence) of "
+        f"{_what(audit['method'], audit['claimed_epsilon'])}; "
         f"this audit could not have shown more than {audit['ceiling']:.2f}."
     )
     if not audit["power"]:
         found += " A release that was broken on purpose was not caught, so the audit proves nothing."
     return found
+
+
+def _fits(audit: Mapping[str, Any], site: SiteClaim) -> bool:
+    """Whether the audit is of what a site claims to have done. Its epsilon is what was asked for, and the set's what was spent."""
+    asked, spent = audit["claimed_epsilon"], site.epsilon
+    if audit["method"] != site.method or asked is None or spent is None:
+        return bool(audit["method"] == site.method and asked is spent)
+    return bool(abs(asked - spent) <= max(PRECISION, ROUNDING * asked))
+
+
+def _what(method: str, epsilon: float | None) -> str:
+    return f"method={method} " + ("without privacy" if epsilon is None else f"with epsilon={epsilon:g}")
 
 
 def _without_seeds(value: Any) -> Any:

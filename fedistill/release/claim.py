@@ -59,6 +59,7 @@ class SiteClaim:
     """What one site promises. epsilon and delta: None where it promises nothing; then only `statement` means something.
 
     second: epsilon by the second accountant, and its name. real: it began with, or may hold, real patients' images.
+    method: of distillation; empty where the manifest names none that is known.
     """
 
     site: str
@@ -73,6 +74,7 @@ class SiteClaim:
     public: tuple[str, ...] = ()
     statement: str = ""
     real: bool = False
+    method: str = ""
 
     @property
     def formal(self) -> bool:
@@ -217,12 +219,12 @@ def _site(name: str, about: Any) -> SiteClaim:
             "real-images",
             f"The images of site '{name}' are real patients' images (method {about['method']}): they are never released.",
         )
-    real = about.get("init") == "real"
+    known, real = about["method"] if method is not None else "", about.get("init") == "real"
     entry = about.get("privacy")
     if not isinstance(entry, Mapping) or entry.get("epsilon") is None:
         said = entry.get("statement") if isinstance(entry, Mapping) else None
         statement = said if isinstance(said, str) and len(said) <= LONGEST else "The site says nothing about privacy."
-        return SiteClaim(site=name, statement=statement, real=real)
+        return SiteClaim(site=name, statement=statement, real=real, method=known)
     reader = _Reader(name, entry)
     mechanisms = tuple(reader.mechanism(item) for item in reader.items("mechanisms"))
     claim = SiteClaim(
@@ -238,6 +240,7 @@ def _site(name: str, about: Any) -> SiteClaim:
         public=tuple(reader.sentence("public", item) for item in reader.items("public")),
         statement=reader.text("statement", default=""),
         real=real,
+        method=known,
     )
     if not mechanisms and claim.epsilon != 0:
         reader.refuse("its epsilon has no mechanisms that it could come from")

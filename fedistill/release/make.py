@@ -22,6 +22,7 @@ from fedistill.release.card import readme
 from fedistill.release.claim import Claim, check_conditions, read_claim
 from fedistill.release.croissant import croissant
 from fedistill.release.document import NAME, Card, document
+from fedistill.release.ledger import check_summary
 from fedistill.release.seal import PUBLIC_KEY, fingerprint, public_bytes, seal, sha256
 from fedistill.release.text import check_words
 from fedistill.release.verify import verify
@@ -45,7 +46,7 @@ def make_release(
 
     audit: as `release.audit.read_audit` returns it. ledger: a summary of the sites' books.
     Raises `FedistillError`: "exists", "bad-name", "real-images", "bad-privacy", "condition-failed", "audit-contradicts",
-    "conclusion", and "unsound" where the finished release does not pass its own verification.
+    "other-audit", "other-ledger", "conclusion", and "unsound" where the finished release does not pass its own verification.
     """
     if os.path.lexists(out):
         raise FedistillError("exists", f"{out} exists already: choose another folder, a release is never overwritten.")
@@ -57,6 +58,8 @@ def make_release(
     check_conditions(claim)
     if audit is not None:
         check_audit(audit, claim)
+    if ledger is not None:
+        check_summary(ledger, claim)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -20,6 +20,7 @@ from fedistill.release.arrays import arrays_of
 from fedistill.release.audit import check_audit, checked_audit
 from fedistill.release.claim import NOTHING, Claim, SiteClaim, check_conditions, read_claim
 from fedistill.release.document import NAME, claimed
+from fedistill.release.ledger import check_summary
 from fedistill.release.seal import SUMS, broken_files, check_signature, sha256
 from fedistill.release.text import escaped
 from fedistill.synthetic.set import SyntheticSet
@@ -171,6 +172,8 @@ def _disagreements(
         found.append("privacy.json and the files disagree about whether the release is signed.")
     if isinstance(document["audit"], dict):
         _or_problem(lambda: check_audit(document["audit"], claim), found)
+    if isinstance(document["ledger"], dict):
+        _or_problem(lambda: check_summary(document["ledger"], claim), found)
     described = _or_problem(lambda: _json(folder / "croissant.json"), found) or {}
     same = described.get("fedistill:guarantee") == claim.sentence
     if (

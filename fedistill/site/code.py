@@ -24,10 +24,9 @@ from fedistill.errors import FedistillError
 from fedistill.files import plain_members, read_json, write_bytes, write_json
 from fedistill.simulation import app_folder
 from fedistill.site.folder import site_folder
-from fedistill.site.gate import DIGITS, MOST_WAITING, Decision, decided, now, read_log
+from fedistill.site.gate import CODE_MARK, DIGITS, MOST_WAITING, Decision, decided, now, read_log
 from fedistill.site.policy import Policy
 
-MARK = "app-"  # how the id of code begins
 LARGEST = 10_485_760  # bytes of an archive: Flower's own limit
 UNPACKED = 4 * LARGEST
 _PARTS = ("client", "server")
@@ -55,7 +54,7 @@ class Code:
 
 def identity_of(archive: bytes) -> str:
     """A hash over all of it."""
-    return MARK + hashlib.sha256(archive).hexdigest()[:DIGITS]
+    return CODE_MARK + hashlib.sha256(archive).hexdigest()[:DIGITS]
 
 
 def check_code(policy: Policy, archive: bytes) -> Path:
@@ -118,7 +117,7 @@ def codes(policy: Policy) -> list[Code]:
     last = {decision.id: decision for decision in read_log(folder)}
     found = [
         Code(file.parent.name, file.parent, read_json(file)["made"], last.get(file.parent.name))
-        for file in (folder / "code").glob(f"{MARK}*/request.json")
+        for file in (folder / "code").glob(f"{CODE_MARK}*/request.json")
     ]
     return sorted(found, key=lambda code: (code.made, code.id))
 

@@ -6,6 +6,7 @@ trying again.
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import errno
 import http.client
@@ -16,8 +17,13 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedistill.certificates import WARN_DAYS, end_of
 from fedistill.errors import FedistillError
@@ -38,11 +44,13 @@ class Reached:
 
 
 def check_files(link: Connection) -> None:
-    """Raises `FedistillError` where a file of [connection] is missing, or the authority is no certificate."""
+    """Raises `FedistillError` where a file of [connection] is missing, the authority is no certificate, or the key none that Flower
+    takes."""
     for needed in (link.authority, link.key):
         if not needed.is_file():
             raise FedistillError("no-file", f"{needed} is not there, and [connection] names it.")
     end_of(link.authority)
+    _check_key(link.key)
 
 
 def reach(link: Connection) -> Reached:
@@ -55,21 +63,18 @@ def reach(link: Connection) -> Reached:
     if not host or not port.isdigit():
         raise FedistillError("bad-address", f"server={link.server} in [connection] is not host:port.")
     context = ssl.create_default_context(cafile=link.authority)
-    proxy = urllib.request.getproxies().get("https")
-    if proxy is None or urllib.request.proxy_bypass(host):
-        wire = http.client.HTTPSConnection(host, int(port), timeout=SECONDS, context=context)
-    else:
-        wire = http.client.HTTPSConnection(
-            proxy.rpartition("/")[2].rpartition("@")[2], timeout=SECONDS, context=context
-        )
-        wire.set_tunnel(host, int(port))
+    proxy = None if urllib.request.proxy_bypass(host) else _proxy()
+    near, gate = (host, int(port)) if proxy is None else (proxy.host, proxy.port)
+    wire = http.client.HTTPSConnection(near, gate, timeout=SECONDS, context=context)
+    if proxy is not None:
+        wire.set_tunnel(host, int(port), proxy.headers)
     try:
         wire.connect()
         shown = x509.load_der_x509_certificate(wire.sock.getpeercert(binary_form=True) or b"")
         wire.request("GET", "/v1/fleet/")
         answer = wire.getresponse()
     except (OSError, http.client.HTTPException) as error:
-        raise _sentence(error, host, port, link) from None
+        raise _sentence(error, host, port, link, proxy) from None
     finally:
         wire.close()
     if answer.status in (502, 503, 504):
@@ -106,8 +111,51 @@ def clock_sentence(found: Reached) -> str:
     return f"This machine's clock is {ahead}, and Flower refuses sites at {CLOCK_WRONG:.0f} s: set it (NTP)."
 
 
-def _sentence(error: Exception, host: str, port: str, link: Connection) -> FedistillError:
+def _check_key(path: Path) -> None:
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it has a passphrase
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise FedistillError(
+            "bad-key",
+            f"{path} is no key that Flower takes (in OpenSSH's format, of a NIST curve, without a passphrase): put back the one "
+            "that `site init` made.",
+        )
+
+
+@dataclass(frozen=True)
+class _Proxy:
+    """A hospital's. headers: what it is told besides where to connect to."""
+
+    host: str
+    port: int
+    headers: dict[str, str]
+
+
+def _proxy() -> _Proxy | None:
+    """The one that the environment names. Raises `FedistillError` ("bad-proxy") where that is no address."""
+    text = urllib.request.getproxies().get("https")
+    if not text:
+        return None
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        host, port = "", 0
+    if not host:
+        shown = text.rpartition("@")[2]  # without the password
+        raise FedistillError("bad-proxy", f"https_proxy names no proxy ({shown}): write http://host:port.")
+    if parts.username is None:
+        return _Proxy(host, port, {})
+    login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return _Proxy(host, port, {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"})
+
+
+def _sentence(error: Exception, host: str, port: str, link: Connection, proxy: _Proxy | None) -> FedistillError:
     where = f"{host}:{port}"
+    if proxy is not None and isinstance(error, socket.gaierror | ConnectionRefusedError):  # never of what is behind it
+        host, where = proxy.host, f"the proxy {proxy.host}:{proxy.port}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return FedistillError(kind_of(error), f"{where} is not to be trusted: {why(error, host, link.authority)}.")
     if isinstance(error, ssl.SSLEOFError | ConnectionResetError):

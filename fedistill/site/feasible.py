@@ -43,6 +43,11 @@ def check_words(config: Config) -> None:
                 "no-comparison",
                 f"{key}={value} is for comparison, on data that the server has: leave it out, or use server_data=same.",
             )
+    if 0 < config.sites < config.quorum:
+        raise FedistillError(
+            "bad-value",
+            f"quorum={config.quorum} is more than the {config.sites} sites that take part: it can never be met.",
+        )
     comparators(config)
     shown_rounds(config)
     if config.augment != "auto":

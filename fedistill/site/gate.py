@@ -27,7 +27,7 @@ from fedistill.errors import FedistillError
 from fedistill.files import read_json, write_json
 from fedistill.privacy.chain import START, BrokenChain, Head, check_head
 from fedistill.processes import alone
-from fedistill.site.folder import site_folder
+from fedistill.site.folder import account_name, check_account, site_folder
 from fedistill.site.policy import Policy
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set
@@ -38,6 +38,7 @@ BY_POLICY = ""  # nobody's account
 MOST_WAITING = 50
 LONGEST_REASON = 500
 DIGITS = 24  # of an id
+CODE_MARK = "app-"  # how the id of code begins, which is decided about in the same log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +131,11 @@ def request_of(policy: Policy, name: str) -> Request:
 
 
 def decide(policy: Policy, name: str, *, approved: bool, reason: str, who: str | None = None) -> Decision:
-    """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back."""
+    """Write a decision down, durably. Raises `FedistillError` on one that was taken before: nothing that left comes back. Only
+    approval of code can be taken back: it is about what is still to run."""
     if len(reason) > LONGEST_REASON or "\n" in reason:
         raise FedistillError("bad-reason", f"A reason is one line of at most {LONGEST_REASON} characters.")
+    check_account(policy.work, policy.name)
     folder = site_folder(policy.work, policy.name)
     try:
         return _decide(folder, name, approved, reason, who)
@@ -148,11 +151,12 @@ def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | Non
         log = read_log(folder)
         file = folder / "decisions.jsonl"
         _store_head(file)  # one behind where a process was killed between its two writes
-        for before in log:
-            if before.id == name:
-                word = "approved" if before.approved else "rejected"
-                by = before.who or "the policy"
-                raise FedistillError("decided", f"{name} was {word} by {by} on {before.time}: that stands.")
+        before = _last(log, name)
+        taken_back = before is not None and before.approved and not approved and name.startswith(CODE_MARK)
+        if before is not None and not taken_back:
+            word = "approved" if before.approved else "rejected"
+            by = before.who or "the policy"
+            raise FedistillError("decided", f"{name} was {word} by {by} on {before.time}: that stands.")
         decision = Decision(
             time=now(),
             id=name,
@@ -171,7 +175,11 @@ def _decide(folder: Path, name: str, approved: bool, reason: str, who: str | Non
 
 
 def decided(folder: Path, name: str) -> Decision | None:
-    return next((decision for decision in read_log(folder) if decision.id == name), None)
+    return _last(read_log(folder), name)
+
+
+def _last(log: Sequence[Decision], name: str) -> Decision | None:
+    return next((decision for decision in reversed(log) if decision.id == name), None)
 
 
 def read_log(folder: Path) -> list[Decision]:
@@ -186,10 +194,15 @@ def read_log(folder: Path) -> list[Decision]:
 
 def _read_log(folder: Path) -> list[Decision]:
     file = folder / "decisions.jsonl"
-    head = _head(file)  # before the lines: a decision may be written right now
+    try:
+        head, lines = _head(file), _lines(file)  # in this order: a decision may be written right now
+    except PermissionError as error:  # of another account that decided before it was refused
+        raise FedistillError(
+            "not-allowed", f"{error.filename} belongs to another account: chown it to the owner of {folder}."
+        ) from None
     found: list[Decision] = []
     hashes: list[str] = []
-    for place, line in enumerate(_lines(file), 1):
+    for place, line in enumerate(lines, 1):
         try:
             decision = Decision(**json.loads(line))
         except (ValueError, TypeError):
@@ -242,15 +255,7 @@ def _line(decision: Decision) -> bytes:
 
 
 def _account() -> str:
-    """By its number, and not by what the environment says of it."""
-    try:
-        import pwd
-
-        return pwd.getpwuid(os.getuid()).pw_name
-    except ImportError:  # Windows
-        return getpass.getuser()
-    except KeyError:
-        return f"account {os.getuid()}"
+    return account_name(os.getuid()) if hasattr(os, "getuid") else getpass.getuser()
 
 
 def now() -> str:

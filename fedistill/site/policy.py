@@ -29,10 +29,14 @@ import torch
 
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset
+from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError, unknown
+from fedistill.experts.train import architectures_of
 from fedistill.files import read_toml
+from fedistill.matching.objective import MASKS
 from fedistill.matching.problem import formation_of, images_per_class
 from fedistill.methods.registry import METHODS
+from fedistill.models.augment import parse_operations
 from fedistill.privacy.accounting import auto_delta
 from fedistill.privacy.ledger import Cap, cap_of
 from fedistill.privacy.plan import delta_of, records_of
@@ -43,7 +47,13 @@ from fedistill.synthetic.set import SyntheticSet
 
 UNITS = tuple(CLAIMED)  # the weakest first
 CODE = ("installed", "approved")
+DATA_KEYS = ("seed", "modality", "image_size", "task")  # of scope "data", what holds where the data are a site's own
+# All that means something at a site.
 JOB_KEYS = {f.name for f in fields(Config) if f.metadata["scope"] in ("experts", "distill")}
+JOB_KEYS |= {*DATA_KEYS, "eval_epsilon", "device"}
+LARGEST_SIDE = (
+    512  # pixels that a job may resize images to where [jobs] says nothing of it: they have to fit into memory
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,14 @@ class Policy:
     jobs: Mapping[str, Range | Choice] = field(default_factory=dict)
     connection: Connection | None = None
 
+    def at_site(self, config: Config) -> Config:
+        """A job without what it says of a simulation's data, such as how many sites divide them: with it, the same work in a
+        federation with one site more would be done, and paid for, again."""
+        usual = {f.name: f.default for f in fields(Config) if f.metadata["scope"] == "data" and f.name not in DATA_KEYS}
+        if self.data.strip() == "phantom":  # a trial, whose phantoms the job describes
+            usual = {name: value for name, value in usual.items() if not name.startswith("phantom_")}
+        return Config(**(config.to_dict() | usual))
+
     def check_job(self, config: Config) -> None:
         """Raise `FedistillError` ("policy") on a job that the site does not take part in."""
         if self.required and config.privacy != "dp":
@@ -121,6 +139,10 @@ class Policy:
                 _refuse(
                     f"{name}={getattr(config, name):g} is more than this site gives to one job: {self.max_epsilon:g}."
                 )
+        if "image_size" not in self.jobs and config.image_size > LARGEST_SIDE:
+            _refuse(
+                f"image_size={config.image_size} is more than {LARGEST_SIDE}, and this site's policy does not allow it."
+            )
         for name, allowed in self.jobs.items():
             if getattr(config, name) not in allowed:
                 _refuse(f"{name}={getattr(config, name)} is not allowed at this site: {allowed}.")
@@ -209,6 +231,7 @@ _KNOWN: dict[str, dict[str, type]] = {
     "connection": {"server": str, "authority": str, "key": str},
     "release": {"manual": bool, "largest_set": int, "smallest_class": int, "answers": bool},
 }
+_WORDS_OF: dict[str, Mapping[str, Any]] = {"method": METHODS, "mask": MASKS, "modality": NORMALISATION}
 _WORDS = {str: "text", bool: "true or false", float: "a number above 0", int: "a whole number above 0"}
 
 
@@ -288,10 +311,17 @@ def _allowed(name: str, value: Any) -> Range | Choice:
 def _check_values(name: str, values: Sequence[Any]) -> None:
     """Raise `FedistillError` where no job could have one of the values: it would be refused for ever, and nobody told why."""
     for value in values:
-        if getattr(make_config({name: value}), name) != value:  # as text that stands for a number
+        config = make_config({name: value})
+        if getattr(config, name) != value:  # as text that stands for a number
             _wrong(f"[jobs] {name}={value!r} is not as a job writes it.")
-        if name == "method" and value != "auto" and value not in METHODS:
-            raise unknown("method", str(value), METHODS)
+        if name == "model":
+            architectures_of(config)
+        if value == "auto":
+            continue
+        if name in _WORDS_OF and value not in _WORDS_OF[name]:
+            raise unknown(name, str(value), _WORDS_OF[name])
+        if name == "augment":
+            parse_operations(value)
 
 
 def _is_number(value: Any) -> bool:

@@ -4,12 +4,14 @@ import csv
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fedistill import memory
 from fedistill.config import Config
 from fedistill.data.medmnist_source import MEDMNIST
 from fedistill.data.sources import load_data, resize
@@ -209,6 +211,27 @@ def test_npz_volumes(tmp_path):
     assert np.array_equal(data.train.images.movedim(1, -1).numpy(), colour["train_images"])
     assert load(npz(tmp_path, content), image_size=5).geometry == (1, 5, 5, 5)
     fails(npz(tmp_path, arrays(shape=(6, 8, 10))), "10x8 pixels: set image_size")
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 8)])
+def test_images_that_do_not_fit_into_memory_are_not_enlarged(shape, tmp_path, monkeypatch):
+    file = npz(tmp_path, arrays(shape=shape))
+    images = sum(map(len, load(file).splits.values()))
+    size = images * 32 ** len(shape)
+    monkeypatch.setattr(memory, "free_memory", lambda: size)
+    assert load(file, image_size=32).geometry[1:] == (32,) * len(shape)
+    monkeypatch.setattr(memory, "free_memory", lambda: size - 1)
+    fails(file, "ask for less", image_size=32)
+    assert load(file).geometry[1:] == shape
+
+
+def test_what_the_system_says_of_its_memory_is_in_bytes():
+    if not Path("/proc/meminfo").exists():
+        assert memory.free_memory() is None
+        return
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total = 1024 * int(lines["MemTotal"].split()[0])
+    assert total / 1000 < memory.free_memory() < total
 
 
 def test_resizing_a_volume_is_resizing_along_every_axis():

@@ -203,6 +203,18 @@ def test_answers_are_paid_for_once(tmp_path: Path) -> None:
     assert set(summary["federated"]["distilled"]) == {"site-1", "site-2"}
 
 
+def test_the_same_work_among_other_sites_costs_nothing(tmp_path: Path) -> None:
+    nodes = deployed(tmp_path)
+    run(tiny(out=str(tmp_path / "one"), server_data="none"), nodes)
+    other = {"sites": 1, "partition": "dirichlet", "alpha": 0.9, "data": "pneumoniamnist", "phantom_depth": 0}
+    run(tiny(out=str(tmp_path / "two"), server_data="none", **other), nodes[:1])
+    assert [e.what for e in Ledger(tmp_path / "north/site-north/ledger.db", create=False).entries()] == ["sketch"]
+    made = [load_set(tmp_path / out / "seed-0/round-1/site-north") for out in ("one", "two")]
+    assert np.array_equal(made[0].images, made[1].images)
+    run(tiny(out=str(tmp_path / "three"), server_data="none", sites=1, seed=1), nodes[:1])  # this does say what is done
+    assert len(Ledger(tmp_path / "north/site-north/ledger.db", create=False).entries()) == 2
+
+
 def test_a_server_without_data_buys_what_it_elects_with(tmp_path: Path) -> None:
     run(tiny(out=str(tmp_path / "run"), eval_epsilon=5.0, server_data="none"), deployed(tmp_path))
     ledger = Ledger(tmp_path / "north/site-north/ledger.db", create=False)

@@ -11,7 +11,8 @@ def audit() -> dict[str, Any]:
         "epsilon_lower": 0.4,
         "ceiling": 3.49,
         "confidence": 0.95,
-        "claimed_epsilon": 10.0,
+        "method": "ptm",
+        "claimed_epsilon": 3.3,  # of which the mechanism in `claims` spends as much as noise that is rounded upwards lets it
         "attacks": [{"name": "nearest", "tpr_at_fpr": {"0.01": {"tpr": 0.02}}}],
         "broken_arm": {"caught": True, "epsilon_lower": 3.0},
         "copies": {"exact": 0, "images": 12},

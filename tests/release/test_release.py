@@ -241,7 +241,8 @@ def test_words_that_draw_legal_conclusions_do_not_occur(tmp_path: Path, audit) -
     for path in (ROOT / "fedistill").rglob("*.py"):
         assert not words.search(path.read_text()), path
     for name, make in SETS.items():
-        released(make(), tmp_path / name, audit=audit)
+        asked = {} if read_claim(make()).sites[0].formal else {"claimed_epsilon": None}
+        released(make(), tmp_path / name, audit=audit | asked)
         for path in (tmp_path / name).iterdir():
             assert not words.search(path.read_bytes().decode("latin1")), path
     card = Card(name="toy", date="2026-11-03", description="Fully Anonymous images.")
@@ -273,15 +274,29 @@ def test_audit_is_quoted_and_can_forbid(tmp_path: Path, audit) -> None:
     with pytest.raises(FedistillError, match="contradicts the claim") as caught:
         released(set_of(private()), tmp_path / "bad", audit=checked_audit(audit | {"epsilon_lower": 3.4}, "here"))
     assert caught.value.code == "audit-contradicts"
-    released(set_of(NONE), tmp_path / "open", audit=checked_audit(audit | {"epsilon_lower": 3.4}, "here"))
+    unclaimed = audit | {"epsilon_lower": 3.4, "claimed_epsilon": None}
+    released(set_of(NONE), tmp_path / "open", audit=checked_audit(unclaimed, "here"))
     blind = checked_audit(audit | {"broken_arm": {"caught": False}}, "here")
     assert blind["power"] is False
+
+
+@pytest.mark.parametrize(
+    ("privacy", "changes"),
+    [(NONE, {"method": "sketch", "claimed_epsilon": 1.0}), (None, {"claimed_epsilon": 10.0}), (None, {"method": "dm"})],
+)
+def test_an_audit_of_something_else_is_not_quoted(privacy, changes: dict, tmp_path: Path, audit) -> None:
+    from fedistill.release.audit import checked_audit
+
+    with pytest.raises(FedistillError, match="The audit attacked method=") as caught:
+        released(set_of(privacy or private()), tmp_path / "out", audit=checked_audit(audit | changes, "here"))
+    assert caught.value.code == "other-audit"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_set_with_real_images_in_it_is_not_released(tmp_path: Path) -> None:
     from fedistill.release.audit import checked_audit
 
-    audit = {"epsilon_lower": 0.0, "ceiling": 2.0, "confidence": 0.95, "claimed_epsilon": None}
+    audit = {"epsilon_lower": 0.0, "ceiling": 2.0, "confidence": 0.95, "claimed_epsilon": None, "method": "ptm"}
     released(set_of(NONE), tmp_path / "fine", audit=checked_audit(audit | {"copies": {"exact": 0}}, "here"))
     with pytest.raises(FedistillError, match="3 synthetic images that are real") as caught:
         released(set_of(NONE), tmp_path / "out", audit=checked_audit(audit | {"copies": {"exact": 3}}, "here"))

@@ -23,6 +23,8 @@ from fedistill.release.verify import verify
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import save_set
 
+AUDIT = {"epsilon_lower": 0.4, "ceiling": 3.49, "confidence": 0.95, "method": "ptm", "claimed_epsilon": 3.3}
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -162,9 +164,41 @@ LIES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "unsigned",
         lambda f: edited(
             f / "privacy.json",
-            lambda d: d.update(audit={"epsilon_lower": 9, "ceiling": 10, "confidence": 0.9, "attacks": []}),
+            lambda d: d.update(audit={"epsilon_lower": 9, "ceiling": 10, "confidence": 0.9, "method": "ptm"}),
         ),
         "contradicts the claim",
+    ),
+    "audit of another method": (
+        "unsigned",
+        lambda f: edited(f / "privacy.json", lambda d: d.update(audit=AUDIT | {"method": "dm"})),
+        "attacked method=dm with epsilon=3.3, and the set was made by method=ptm with epsilon=3.2",
+    ),
+    "audit of another epsilon": (
+        "unsigned",
+        lambda f: edited(f / "privacy.json", lambda d: d.update(audit=AUDIT | {"claimed_epsilon": 1.0})),
+        "attacked method=ptm with epsilon=1, and the set",
+    ),
+    "audit of nothing private": (
+        "unsigned",
+        lambda f: edited(f / "privacy.json", lambda d: d.update(audit=AUDIT | {"claimed_epsilon": None})),
+        "attacked method=ptm without privacy",
+    ),
+    "private audit": (
+        "open",
+        lambda f: edited(f / "privacy.json", lambda d: d.update(audit=AUDIT)),
+        "was made by method=ptm without privacy",
+    ),
+    "empty ledger": (
+        "unsigned",
+        lambda f: edited(f / "privacy.json", lambda d: d.update(ledger={"spent so far": "nothing", "data_sets": []})),
+        "does not stand on the ledger that is quoted",
+    ),
+    "poor ledger": (
+        "unsigned",
+        lambda f: edited(
+            f / "privacy.json", lambda d: d.update(ledger={"data_sets": [3, {"epsilon": 2.0, "delta": d["delta"]}]})
+        ),
+        "does not stand on the ledger that is quoted",
     ),
     "untyped audit": (
         "unsigned",
@@ -262,6 +296,7 @@ def test_audit_files_are_checked(tmp_path: Path, audit) -> None:
         ({"epsilon_lower": -1}, "epsilon_lower is not a number"),
         ({"confidence": 1}, "confidence is not between"),
         ({"claimed_epsilon": "10"}, "neither a number nor null"),
+        ({"method": None}, "no method that was attacked"),
         ({"attacks": {}}, "attacks is not a list"),
         ({"attacks": [{}]}, "an attack has no name"),
         ({"broken_arm": []}, "broken_arm is not a record"),
@@ -296,6 +331,7 @@ def test_command_line(tmp_path: Path, fedistill, audit) -> None:
         "passed: 1 ",
         "declared: 5",
         "at least 0.40",
+        "of method=ptm with epsilon=3.3;",
         public["fingerprint"],
         "unchanged",
         "bytes",
@@ -368,8 +404,28 @@ def test_ledger_is_summed_up_without_names(tmp_path: Path, fedistill) -> None:
     assert said["ledger"]["data_sets"][0]["entries"] == 2
     assert said["ledger"]["data_sets"][0]["epsilon"] > said["epsilon"]
     assert "secret-word" not in json.dumps(said)
+    assert verify(tmp_path / "out").problems == ()
     code, _, err = fedistill(*arguments[:3], tmp_path / "two", "--name", "toy", "--ledger", tmp_path / "none.db")
     assert (code, "no ledger" in err) == (2, True)
+
+
+@pytest.mark.parametrize("spent", [None, {"noise_multiplier": 2.1}, {"steps": 59}, {"unit": "patient"}])
+def test_a_ledger_without_the_work_of_the_set_is_refused(
+    spent: dict[str, Any] | None, tmp_path: Path, fedistill
+) -> None:
+    books = pytest.importorskip("fedistill.privacy.ledger")
+    book = books.Ledger(tmp_path / "ledger.db")
+    if spent is not None:
+        fields = {"name": "dp-sgd", "sample_rate": 0.2, "noise_multiplier": 2.0, "steps": 60} | spent
+        unit = fields.pop("unit", "image")
+        work = {"what": "work", "delta": 1e-4, "mechanisms": [accounting.Mechanism(**fields)]}
+        for key in ("one", "two"):  # much, but nothing of this set
+            book.spend(key=key, data="word", unit=unit, **work)
+    save_set(set_of(private()), tmp_path / "set")
+    arguments = ["release", "make", tmp_path / "set", tmp_path / "out", "--name", "toy"]
+    code, _, err = fedistill(*arguments, "--ledger", tmp_path / "ledger.db")
+    assert (code, "does not stand on the ledger" in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_release_leaves_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -90,6 +90,26 @@ def test_a_rejected_code_never_runs(tmp_path: Path, sent: bytes) -> None:
     assert "rejected" in refused(policy, sent).sentence
 
 
+def test_approval_of_code_is_taken_back_once_and_for_good(tmp_path: Path, sent: bytes) -> None:
+    policy, archive = policy_at(tmp_path), changed(sent, edit("client/extra.py", b"a = 1\n"))
+    name = identity_of(archive)
+    refused(policy, archive)
+    file = tmp_path / "site.toml"
+    file.write_text(f'[site]\nname = "north"\ndata = "phantom"\nwork = "{tmp_path}"\n')
+    for word in ("approve", "reject"):
+        done = CliRunner().invoke(app, ["site", word, name, "--site", str(file)], catch_exceptions=False)
+        assert done.exit_code == 0
+        if word == "approve":
+            check_code(policy, archive)
+            (code_of(policy, name).folder / "app.fab").write_bytes(b"changed meanwhile")  # no reason to let it run on
+    assert "rejected" in refused(policy, archive).sentence
+    assert code_of(policy, name).decision == read_log(tmp_path / "site-north")[-1]
+    assert [d.approved for d in read_log(tmp_path / "site-north")] == [True, False]
+    for approved in (True, False):
+        with pytest.raises(FedistillError, match=r"was rejected by .*: that stands"):
+            decide(policy, name, approved=approved, reason="")
+
+
 def test_a_careful_site_approves_the_installed_code_too(tmp_path: Path, sent: bytes) -> None:
     policy = policy_at(tmp_path, "approved")
     assert refused(policy, sent).code == "code"

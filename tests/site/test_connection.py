@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
 import re
 import socket
+import socketserver
 import struct
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from authority import hospital, served
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from fedistill import cli
 from fedistill.certificates import Shown
+from fedistill.deploy import make_site_key
 from fedistill.errors import FedistillError
 from fedistill.evaluation import probe
 from fedistill.site import connection, room
@@ -30,8 +37,7 @@ LINK = '[connection]\nserver = "{server}"\nauthority = "root.crt"\nkey = "site.k
 def own(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     found = hospital(tmp_path_factory.mktemp("own"), "127.0.0.1")
     key = found.key.with_name("site.key")
-    key.write_text("not read")
-    key.chmod(0o600)
+    make_site_key(key)
     return found
 
 
@@ -94,7 +100,7 @@ def test_certificates_that_are_not_to_be_trusted(
     host: str, kwargs: dict[str, float], why: str, mends: bool, tmp_path: Path
 ) -> None:
     bad = hospital(tmp_path, host, **kwargs)  # type: ignore[arg-type]
-    bad.key.with_name("site.key").touch()
+    make_site_key(bad.key.with_name("site.key"))
     with served(bad.certificate, bad.key) as port:
         error = failure(link(bad, f"127.0.0.1:{port}"))
     assert re.search(why, error.sentence)
@@ -153,6 +159,70 @@ def test_a_proxy_of_the_hospital_is_asked(own: Shown, plain: int, monkeypatch: p
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{plain}")
     monkeypatch.setenv("no_proxy", "")
     assert "broke off" in failure(link(own, "fed.example.org:443")).sentence
+    for text, said in (
+        ("http://no-such-proxy.invalid:1/", "no-such-proxy.invalid is not known"),
+        ("http://u:pw@:x/", "no proxy"),
+    ):
+        monkeypatch.setenv("https_proxy", text)
+        sentence = failure(link(own, "fed.example.org:443")).sentence
+        assert said in sentence
+        assert "pw" not in sentence
+
+
+@contextmanager
+def proxy(login: str) -> Iterator[int]:
+    """A hospital's proxy, which connects whoever gives this name and password to where they say."""
+
+    def pipe(one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while part := one.recv(65536):
+                other.sendall(part)
+            other.shutdown(socket.SHUT_WR)
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            _, place, _ = self.rfile.readline().decode().split()
+            headers = http.client.parse_headers(self.rfile)
+            if headers["Proxy-Authorization"] != f"Basic {base64.b64encode(login.encode()).decode()}":
+                self.wfile.write(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+                return
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            host, _, port = place.partition(":")
+            with socket.create_connection((host, int(port))) as there:
+                back = threading.Thread(target=pipe, args=(there, self.connection))
+                back.start()
+                pipe(self.connection, there)
+                back.join()
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("text", ["http://u%40h:p%3Aw@127.0.0.1:{port}/", "u%40h:p%3Aw@127.0.0.1:{port}"])
+def test_a_proxy_that_wants_a_password_gets_it(text: str, own: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    with served(own.certificate, own.key) as port, proxy("u@h:p:w") as gate:
+        monkeypatch.setenv("https_proxy", text.format(port=gate))
+        assert abs(reach(link(own, f"127.0.0.1:{port}")).clock) < 10
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{gate}/")
+        assert "407" in failure(link(own, f"127.0.0.1:{port}")).sentence
+
+
+def test_a_key_that_is_none(own: Shown, tmp_path: Path) -> None:
+    key = tmp_path / "site.key"
+    other = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    for content in (b"x", b"", own.key.read_bytes(), other):
+        key.write_bytes(content)
+        error = failure(replace(link(own, "127.0.0.1:1"), key=key))
+        assert (error.code, "is no key that Flower takes" in error.sentence) == ("bad-key", True)
 
 
 @pytest.mark.parametrize(("clock", "words"), [(90.0, "90 s behind"), (-90.0, "90 s ahead of"), (400.0, "400 s behind")])
@@ -167,7 +237,7 @@ def test_clocks(clock: float, words: str, own: Shown) -> None:
 def test_what_will_be_wrong(tmp_path: Path) -> None:
     soon = hospital(tmp_path, "127.0.0.1", ends=9.5)
     key = tmp_path / "site.key"
-    key.write_text("")
+    make_site_key(key)
     key.chmod(0o644)
     with served(soon.certificate, soon.key) as port:
         site = link(soon, f"127.0.0.1:{port}")

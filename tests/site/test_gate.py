@@ -197,6 +197,36 @@ def test_another_account_gets_a_sentence(policy: Policy, made: SyntheticSet, mon
         decide(policy, requests(policy)[0].id, approved=True, reason="")
 
 
+@pytest.mark.parametrize("words", [("approve",), ("reject",), ("show",), ("audit",)])
+def test_root_gets_a_sentence_and_writes_nothing(
+    words: tuple[str, ...],
+    policy: Policy,
+    made: SyntheticSet,
+    file: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ask(policy, made)
+    folder = site_folder(policy.work, "north")
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr("os.geteuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(FedistillError, match="run the command as that account, with `sudo -u") as caught:
+        say(capsys, *words, requests(policy)[0].id, "--site", file)
+    assert caught.value.code == "not-allowed"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_log_that_root_wrote_once_is_told_of(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = log_of(policy)
+
+    def forbidden(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(FedistillError, match=r"decisions\.jsonl belongs to another account: chown it"):
+        read_log(file.parent)
+
+
 def test_who_decided_is_not_what_the_environment_says(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "dr-meier")
     monkeypatch.setenv("USER", "dr-meier")

@@ -16,6 +16,7 @@ import pytest
 from authority import hospital, served
 
 from fedistill import cli
+from fedistill.deploy import make_site_key
 from fedistill.errors import FedistillError
 from fedistill.site import node
 from fedistill.site.node import Node, keep_running, node_file, read_node, watched
@@ -52,7 +53,7 @@ def policy(tmp_path: Path) -> Policy:
 def link(tmp_path: Path) -> Any:
     """To a server that is there."""
     own = hospital(tmp_path / "own", "127.0.0.1")
-    (tmp_path / "own/site.key").touch()
+    make_site_key(tmp_path / "own/site.key")
     with served(own.certificate, own.key) as port:
         yield Connection(server=f"127.0.0.1:{port}", authority=own.authority, key=tmp_path / "own/site.key")
 
@@ -176,7 +177,7 @@ def test_what_never_mends_ends_with_a_sentence(
 
 def test_a_wrong_authority_and_a_wrong_clock_never_mend(policy: Policy, tmp_path: Path) -> None:
     own, other = (hospital(tmp_path / name, "127.0.0.1") for name in ("own", "other"))
-    own.key.with_name("site.key").touch()
+    make_site_key(own.key.with_name("site.key"))
     for shown, clock, why in ((other, 0.0, "is not by the authority"), (own, 400.0, "s behind the server's")):
         with served(shown.certificate, shown.key, clock=clock) as port:
             link = Connection(server=f"127.0.0.1:{port}", authority=own.authority, key=own.key.with_name("site.key"))

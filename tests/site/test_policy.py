@@ -88,6 +88,14 @@ def test_a_policy_is_read_as_it_is_written(tmp_path: Path) -> None:
         (SITE + "[release]\nlargest_set = 2.5\n", "is not a whole number above 0"),
         (SITE + "[jobs]\nipcs = [1]\n", "did you mean 'ipc'"),
         (SITE + "[jobs]\ndeadline = [1]\n", "Unknown setting of a job 'deadline'"),
+        (SITE + '[jobs]\nmodel = ["convnt"]\n', "did you mean 'convnet'"),
+        (SITE + '[jobs]\nmodel = ["convnet,mpl"]\n', "did you mean 'mlp'"),
+        (SITE + '[jobs]\nmask = ["auto", "pruen"]\n', "did you mean 'prune'"),
+        (SITE + '[jobs]\nmodality = ["xrays"]\n', "did you mean 'xray'"),
+        (SITE + '[jobs]\naugment = ["flipp"]\n', "did you mean 'flip'"),
+        (SITE + '[jobs]\ntask = ["ordinals"]\n', "did you mean 'ordinal'"),
+        (SITE + "[jobs]\nimage_size = { from = 0, to = 5000 }\n", "must be at most 4096"),
+        (SITE + "[jobs]\nsites = [3]\n", "Unknown setting of a job 'sites'"),
         (SITE + "[jobs]\nipc = 3\n", "is neither a list of values nor"),
         (SITE + '[jobs]\nipc = { from = "a", to = 3 }\n', "is neither a list of values nor"),
     ],
@@ -117,6 +125,32 @@ def test_settings_of_a_job_stay_in_their_ranges(tmp_path: Path) -> None:
             policy.check_job(job(ipc=ipc))
     with pytest.raises(FedistillError, match="method=teach is not allowed at this site: sketch"):
         policy.check_job(job(method="teach", ipc=2))
+
+
+@pytest.mark.parametrize(
+    ("text", "fits", "not_so"),
+    [
+        ("seed = [0]", {}, {"seed": 1}),
+        ("image_size = { from = 0, to = 64 }", {"image_size": 64}, {"image_size": 65}),
+        ("image_size = { from = 0, to = 2048 }", {"image_size": 2048}, {"image_size": 4096}),
+        ("", {"image_size": 512}, {"image_size": 513}),
+        ('task = ["auto", "multilabel"]', {"task": "multilabel"}, {"task": "ordinal"}),
+        ('modality = ["xray"]', {"modality": "xray"}, {}),
+        ("eval_epsilon = { from = 0.0, to = 1.0 }", {"eval_epsilon": 1.0}, {"eval_epsilon": 1.5}),
+        ("formation = { from = 1, to = 2 }", {"formation": 2, "method": "dm", "privacy": "none"}, {"formation": 3}),
+        ('model = ["convnet", "convnet,mlp"]', {"model": "convnet,mlp"}, {"model": "mlp"}),
+        ('mask = ["auto", "none"]', {"mask": "none"}, {"mask": "prune"}),
+        ('device = ["cpu"]', {"device": "cpu"}, {}),
+    ],
+)
+def test_every_setting_that_means_something_at_a_site_can_be_bound(
+    text: str, fits: dict[str, Any], not_so: dict[str, Any], tmp_path: Path
+) -> None:
+    policy = read(tmp_path, SITE + f"[jobs]\n{text}\n")
+    policy.check_job(job(**fits))
+    with pytest.raises(FedistillError, match=f"{text.partition(' ')[0] or 'image_size'}=.* not allow") as caught:
+        policy.check_job(job(**not_so))
+    assert caught.value.code == "policy"
 
 
 def test_a_small_class_takes_no_part_without_privacy() -> None:
