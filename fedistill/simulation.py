@@ -50,14 +50,19 @@ def simulate(config: Config, console: Console, *, command: str = "") -> dict[str
 
 
 def absolute(config: Config) -> Config:
-    """Paths made absolute: the processes of the run have other working directories."""
+    """Paths made absolute: the processes of the run have other working directories. A name of data stays one."""
+    from fedistill.data.sources import place_of
 
     def path(text: str) -> str:
         return str(Path(text).expanduser().resolve())
 
+    try:
+        place = place_of(config.data)
+    except FedistillError:  # there is none: whoever loads the data says so
+        place = None
     return replace(
         config,
-        data=path(config.data) if Path(config.data).expanduser().exists() else config.data,
+        data=config.data if place is None else str(place.resolve()),
         partition=path(config.partition) if config.partition.lower().endswith(".json") else config.partition,
         out=path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"),
         work=path(config.work) if config.work else "",

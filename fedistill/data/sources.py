@@ -57,10 +57,15 @@ def _load(config: Config) -> Dataset:
     raise FedistillError("bad-data", f"{path} is neither an .npz file, a .csv manifest nor an image folder.")
 
 
+def is_name(source: str) -> bool:
+    """Whether a data source is `phantom` or a MedMNIST flag, which come before files and folders of the same name."""
+    return source.strip() == "phantom" or source.strip() in MEDMNIST
+
+
 def place_of(source: str) -> Path | None:
     """The file or folder that a data source names; None where its name is all. Raises `FedistillError` where there is none."""
     source = source.strip()
-    if source == "phantom" or source in MEDMNIST:
+    if is_name(source):
         return None
     path = Path(source)
     try:

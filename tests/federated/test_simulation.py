@@ -18,7 +18,7 @@ from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json
 from fedistill.processes import process_tree, start_time, tree_with_times
-from fedistill.simulation import app_folder, simulate
+from fedistill.simulation import absolute, app_folder, simulate
 
 TINY = {
     "partition": "iid", "sites": 3, "phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "width": 8,
@@ -32,6 +32,15 @@ def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
         with pytest.raises(FedistillError):
             simulate(Config(**config.to_dict() | {"out": str(tmp_path / "run")}), Console(file=StringIO()))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_of_data_stays_one_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("phantom", "bloodmnist", "images"):
+        Path(folder).mkdir()
+    for said, becomes in (("phantom", "phantom"), ("bloodmnist", "bloodmnist"), ("images", str(tmp_path / "images"))):
+        assert absolute(Config(data=said)).data == becomes
+    assert absolute(Config(data="no-such")).data == "no-such"
 
 
 def test_app_is_found() -> None:
