@@ -88,6 +88,9 @@ def check(config: Config) -> list[Dataset]:
     check_settings(config, task_of(data))
     check_budget(config, data)
     sites = list(_divided(config, data))
+    if config.quorum > len(sites):
+        there = "is 1 site" if len(sites) == 1 else f"are {len(sites)} sites"
+        raise FedistillError("bad-value", f"quorum={config.quorum}, but there {there}: lower it.")
     for seed in range(config.seed + 1, config.seed + config.seeds):  # now, not after the work of those before
         later = config.with_seed(seed)
         try:
