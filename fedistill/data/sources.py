@@ -33,7 +33,7 @@ def load_data(config: Config) -> Dataset:
     loaded = _load(config)
     if config.privacy == "none":
         check_classes(loaded)
-    data = _resized(of_task(loaded, config.task), config.image_size)
+    data = resized(of_task(loaded, config.task), config.image_size)
     height, width = data.geometry[-2:]
     if height != width:
         raise FedistillError(
@@ -79,7 +79,7 @@ def place_of(source: str) -> Path | None:
     raise unknown("data source", source, ["phantom", *MEDMNIST])
 
 
-def _resized(data: Dataset, size: int) -> Dataset:
+def resized(data: Dataset, size: int) -> Dataset:
     """Square images, or cubes, of `size` pixels per side; unchanged when `size` is 0."""
     if size == 0 or set(data.geometry[1:]) == {size}:
         return data
