@@ -28,6 +28,9 @@ def test_strings_and_typed_values_mean_the_same() -> None:
         ({"init": "nois"}, "Unknown value of init 'nois': did you mean 'noise'"),
         ({"preset": "fast"}, "Unknown preset 'fast'"),
         ({"data": 3}, "data=3 is not text"),
+        ({"phantom_size": 100000}, "phantom_size=100000 is too large: it must be at most 1024"),
+        ({"phantom_images": 10**12}, "phantom_images=1000000000000 is too large"),
+        ({"phantom_depth": 10**6}, "phantom_depth=1000000 is too large"),
     ],
 )
 def test_bad_values_are_one_sentence(values: dict, sentence: str) -> None:
