@@ -262,6 +262,10 @@ class Config:
                 raise FedistillError("bad-value", f"{item.name}={value} is too large: it must be at most {high:g}.")
         if self.preset not in PRESETS:
             raise unknown("preset", self.preset, PRESETS)
+        if self.seed + self.seeds > 2**63:  # the last seed has to fit into 64 bits, as every whole number that is sent
+            raise FedistillError(
+                "bad-value", f"seed={self.seed} is too large for seeds={self.seeds}: the last one must be below 2^63."
+            )
 
     def resolved(self) -> Config:
         """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""
