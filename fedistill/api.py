@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset, Split, of_task
 from fedistill.data.public import known_modality
+from fedistill.data.sources import resized
 from fedistill.errors import FedistillError
 from fedistill.privacy.ledger import Cap
 from fedistill.site.describe import task_of
@@ -20,6 +22,12 @@ from fedistill.site.feasible import check_budget, check_settings
 from fedistill.site.folder import sites_with_ledgers
 from fedistill.site.job import Progress, advance, released_set
 from fedistill.synthetic.set import SyntheticSet
+
+# Settings about where images come from, about other sites, and about what is done with a set: `distill` has no use for them.
+_ELSEWHERE = {"data", "partition", "sites", "alpha", "quorum", "deadline", "out"}
+_ELSEWHERE |= {
+    f.name for f in fields(Config) if f.metadata["scope"] in ("eval", "merge") or f.name.startswith("phantom_")
+}
 
 
 def distill(
@@ -36,14 +44,24 @@ def distill(
     images: `(n, C, H, W)`, `(n, H, W)` or volumes `(n, C, D, H, W)`, uint8, or floating point in 0..1.
     labels: `(n,)` whole numbers from 0, or `(n, K)` of 0 and 1 where an image may have several of K findings.
     settings: any configuration key, for example `ipc=10, method="datm", preset="quick", seed=0`; `task="ordinal"` says that
-        the labels are grades; `privacy="dp", epsilon=3.0, work="work/"` makes it private, with the ledger in `work`.
+        the labels are grades; `image_size=64` makes the images smaller; `privacy="dp", epsilon=3.0, work="work/"` makes it
+        private, with the ledger in `work`. Not those of a federation, of data on disk or of evaluation.
     Returns a `torch.utils.data.Dataset` of (normalised image, label `(K,)`). Raises `FedistillError` on bad input.
 
         synthetic = fedistill.distill(images, labels, ipc=10, preset="quick")
         loader = torch.utils.data.DataLoader(synthetic, batch_size=32, shuffle=True)
     """
-    config = make_config(settings).resolved()
+    config = make_config(settings)
+    for name in sorted(_ELSEWHERE):
+        if getattr(config, name) != getattr(Config(), name):
+            raise FedistillError(
+                "no-use",
+                f"{name}={getattr(config, name)} means nothing to fedistill.distill, which makes one set of the images that it is "
+                "given: leave it out.",
+            )
+    config = config.resolved()
     data = of_task(from_tensors(images, labels, class_names=class_names, modality=modality), config.task)
+    data = resized(data, config.image_size)
     check_ledger_stays(config)
     with tempfile.TemporaryDirectory(prefix="fedistill-") as temporary:
         return distill_site(config, data, "site", Path(config.work or temporary).expanduser(), on_progress=on_progress)
@@ -101,11 +119,24 @@ def distill_site(
 
 
 def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] | None, modality: str) -> Dataset:
-    """Tensors as a data set without validation and test. Raises `FedistillError` on shapes, values or labels that make no sense."""
+    """Tensors as a data set without validation and test.
+
+    Raises `FedistillError` on shapes, values, labels, names or a modality that make no sense.
+    """
     if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
         raise FedistillError(
             "no-tensors", "images and labels must be torch tensors: use torch.from_numpy for numpy arrays."
         )
+    if not isinstance(modality, str):
+        raise FedistillError("unknown-modality", f"modality={modality!r} is not text: leave it out, or name one.")
+    known_modality(modality)
+    if class_names is not None:
+        words = () if isinstance(class_names, str) else tuple(class_names)
+        if not words or not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
+            raise FedistillError(
+                "bad-names",
+                f"class_names={class_names!r}: it must be a list of different texts, one per class or finding.",
+            )
     if images.ndim == 3:
         images = images[:, None]
     square = images.ndim in (4, 5) and images.shape[-1] == images.shape[-2]
@@ -116,7 +147,12 @@ def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] |
             "square and n > 0.",
         )
     several = labels.ndim == 2 and labels.shape[1] > 1
-    if len(labels) != len(images) or labels.is_floating_point() or (labels.ndim != 1 and not several):
+    if (
+        labels.ndim == 0
+        or len(labels) != len(images)
+        or labels.is_floating_point()
+        or (labels.ndim != 1 and not several)
+    ):
         raise FedistillError(
             "bad-labels",
             f"labels has shape {tuple(labels.shape)}: it must hold {len(images)} whole numbers, or 0 or 1 for each of "
@@ -132,7 +168,7 @@ def from_tensors(images: Tensor, labels: Tensor, *, class_names: Sequence[str] |
     train = Split(images.cpu(), labels.cpu(), torch.zeros(len(labels), dtype=torch.int64))
     nothing = train.take(torch.empty(0, dtype=torch.int64))
     names, kind = (_findings if several else _classes)(train, class_names)
-    return Dataset("tensors", known_modality(modality), names, ("site",), train, nothing, nothing, kind)
+    return Dataset("tensors", modality, names, ("site",), train, nothing, nothing, kind)
 
 
 def _findings(train: Split, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], str]:

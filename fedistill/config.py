@@ -54,11 +54,11 @@ class Config:
         scope="data",
         choices=("auto", "multiclass", "multilabel", "ordinal"),
     )
-    phantom_images: int = _key(900, "training images of the built-in phantoms", scope="data", low=1)
+    phantom_images: int = _key(900, "training images of the built-in phantoms", scope="data", low=1, high=500_000)
     phantom_classes: int = _key(4, "classes of the built-in phantoms (2 to 6)", scope="data", low=2)
     phantom_channels: int = _key(1, "1: grey, 3: colour", scope="data", low=1)
-    phantom_size: int = _key(28, "pixels per side of the built-in phantoms", scope="data", low=16)
-    phantom_depth: int = _key(0, "slices of the built-in phantoms; 0: plain images", scope="data", low=0)
+    phantom_size: int = _key(28, "pixels per side of the built-in phantoms", scope="data", low=16, high=1024)
+    phantom_depth: int = _key(0, "slices of the built-in phantoms; 0: plain images", scope="data", low=0, high=1024)
 
     model: str = _key("convnet", "architectures of the experts, a comma list: experts take turns", scope="experts")
     width: int = _key(32, "channels of the ConvNet", scope="experts", low=1, high=1024)
@@ -263,6 +263,10 @@ class Config:
                 raise FedistillError("bad-value", f"{item.name}={value} is too large: it must be at most {high:g}.")
         if self.preset not in PRESETS:
             raise unknown("preset", self.preset, PRESETS)
+        if self.seed + self.seeds > 2**63:  # the last seed has to fit into 64 bits, as every whole number that is sent
+            raise FedistillError(
+                "bad-value", f"seed={self.seed} is too large for seeds={self.seeds}: the last one must be below 2^63."
+            )
 
     def resolved(self) -> Config:
         """The recommended method for "auto", and every 0 that the preset governs replaced by the preset's amount of work."""

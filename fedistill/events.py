@@ -86,7 +86,8 @@ def claim_folder(folder: Path, config: Config) -> None:
 
     Keys of scope "run" may differ, so that a run can go on with more seeds or another deadline. A key that is younger than the
     run had its default.
-    Raises `FedistillError` ("other-run") if the folder belongs to a run with other settings or to something else.
+    Raises `FedistillError` ("other-run") if the folder belongs to a run with other settings or to something else, and if its
+    report is about more seeds, which one about fewer would take the place of.
     """
     path = folder / "config.json"
     if path.exists():
@@ -101,6 +102,13 @@ def claim_folder(folder: Path, config: Config) -> None:
             what = ", ".join(f"{k} was {before.get(k)!r} and is now {now[k]!r}" for k in differs[:3])
             raise FedistillError(
                 "other-run", f"The folder {folder} holds a run with other settings ({what}): choose another folder."
+            )
+        summary = folder / "summary.json"
+        done = len(read_json(summary)["seeds"]) if summary.exists() else 0
+        if done > config.seeds:
+            raise FedistillError(
+                "other-run",
+                f"The folder {folder} holds the report of a run of {done} seeds: say --seeds {done}, or choose another folder.",
             )
     refuse_foreign(folder)
     write_json(path, config.to_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,14 +51,19 @@ def simulate(config: Config, console: Console, *, command: str = "") -> dict[str
 
 
 def absolute(config: Config) -> Config:
-    """Paths made absolute: the processes of the run have other working directories."""
+    """Paths made absolute: the processes of the run have other working directories. A name of data stays one."""
+    from fedistill.data.sources import place_of
 
     def path(text: str) -> str:
         return str(Path(text).expanduser().resolve())
 
+    try:
+        place = place_of(config.data)
+    except FedistillError:  # there is none: whoever loads the data says so
+        place = None
     return replace(
         config,
-        data=path(config.data) if Path(config.data).expanduser().exists() else config.data,
+        data=config.data if place is None else str(place.resolve()),
         partition=path(config.partition) if config.partition.lower().endswith(".json") else config.partition,
         out=path(config.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"),
         work=path(config.work) if config.work else "",
@@ -65,14 +71,12 @@ def absolute(config: Config) -> Config:
 
 
 def check(config: Config) -> list[Dataset]:
-    """Load and divide the data as every process of the run will; returns the first seed's sites.
+    """Load and divide the data as every process of the run will, for every seed; returns the first seed's sites.
 
     Raises `FedistillError` on anything that is wrong.
     """
     # torch takes a second to import: only when a run really starts
-    from fedistill.data.partition import partition
     from fedistill.data.sources import load_data
-    from fedistill.privacy.plan import delta_of, records_of
     from fedistill.site.describe import task_of
     from fedistill.site.feasible import check_budget, check_settings
 
@@ -83,15 +87,34 @@ def check(config: Config) -> list[Dataset]:
     data = load_data(config)
     check_settings(config, task_of(data))
     check_budget(config, data)
-    parts = partition(data, config)
-    sites = [parts.at(data, place) for place in range(len(parts))]
-    if data.kind == "multilabel":
-        for site in sites:
-            check_budget(config, site)
-    if config.privacy == "dp":
-        for site in sites:
-            delta_of(config, records_of(site.train, config.unit))
+    sites = list(_divided(config, data))
+    if config.quorum > len(sites):
+        there = "is 1 site" if len(sites) == 1 else f"are {len(sites)} sites"
+        raise FedistillError("bad-value", f"quorum={config.quorum}, but there {there}: lower it.")
+    for seed in range(config.seed + 1, config.seed + config.seeds):  # now, not after the work of those before
+        later = config.with_seed(seed)
+        try:
+            for _ in _divided(later, load_data(later) if config.data.strip() == "phantom" else data):
+                pass
+        except FedistillError as error:
+            raise FedistillError(error.code, f"With seed {seed}: {error.sentence}") from None
     return sites
+
+
+def _divided(config: Config, data: Dataset) -> Iterator[Dataset]:
+    """Each site of one seed. Raises `FedistillError` where the data cannot be divided, and on a site that has too little."""
+    from fedistill.data.partition import partition
+    from fedistill.privacy.plan import delta_of, records_of
+    from fedistill.site.feasible import check_budget
+
+    parts = partition(data, config)
+    for place in range(len(parts)):
+        site = parts.at(data, place)
+        if data.kind == "multilabel":
+            check_budget(config, site)
+        if config.privacy == "dp":
+            delta_of(config, records_of(site.train, config.unit))
+        yield site
 
 
 def _finished(out: Path, config: Config, sites: list[Dataset]) -> bool:

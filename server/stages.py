@@ -456,7 +456,8 @@ def _ask(
 def _below(needed: int, finished: int, failures: list[tuple[str, str]]) -> FedistillError:
     sites: dict[str, list[str]] = {}
     for site, reason in sorted(failures):
-        sites.setdefault(reason.rstrip("."), []).append(site)
+        if reason:
+            sites.setdefault(reason.rstrip("."), []).append(site)
     why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in sites.items())
     what = f"{finished} site{'s' * (finished != 1)} finished and {needed} {'are' if needed != 1 else 'is'} needed"
-    return FedistillError("quorum", f"{what}. {why}.")
+    return FedistillError("quorum", f"{what}. {why}." if why else f"{what}.")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fedistill
+from fedistill.data.sources import resize
 from fedistill.errors import FedistillError
 
 TINY = {
@@ -76,6 +77,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
         (lambda x, y: (x * 255, y), "scale it to 0..1"),
         (lambda x, y: (x[:, 0, 0], y), "images has shape"),
         (lambda x, y: (x.repeat(1, 2, 1, 1), y), "images has shape"),
+        (lambda x, y: (x, torch.tensor(1)), r"labels has shape \(\): it must hold 40 whole numbers"),
         (lambda x, y: (x, y[:-1]), "must hold 40 whole numbers"),
         (lambda x, y: (x, y.float()), "whole numbers"),
         (lambda x, y: (x, y - 1), "labels run from -1"),
@@ -96,6 +98,46 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 def test_bad_tensors_are_one_sentence(spoil, sentence: str) -> None:
     with pytest.raises(FedistillError, match=sentence):
         fedistill.distill(*spoil(*images()), ipc=2, **TINY)
+
+
+def test_images_are_resized_as_asked_for() -> None:
+    x, y = images()
+    large = (255 * torch.nn.functional.interpolate(x, (24, 24))).to(torch.uint8)
+    made = fedistill.distill(large, y, ipc=1, method="dm", image_size=16, **TINY)
+    assert made.geometry == (1, 16, 16)
+    assert torch.equal(made.images, fedistill.distill(resize(large, 16), y, ipc=1, method="dm", **TINY).images)
+    volumes = x[:, :, None].expand(-1, -1, 20, -1, -1)
+    assert fedistill.distill(volumes, y, ipc=1, method="random", image_size=16, **TINY).geometry == (1, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"out": "set"}, {"data": "bloodmnist"}, {"partition": "site"}, {"sites": 3}, {"phantom_size": 32}, {"fl_rounds": 3},
+        {"eval_steps": 5}, {"patience": 1}, {"server_data": "none"},
+    ],
+)  # fmt: skip
+def test_settings_that_mean_nothing_here_are_refused(settings: dict[str, object]) -> None:
+    (name,) = settings
+    with pytest.raises(FedistillError, match=f"^{name}=.* means nothing to fedistill.distill"):
+        fedistill.distill(*images(), ipc=1, **TINY, **settings)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"class_names": ["a", "a"]}, r"class_names=\['a', 'a'\]: it must be a list of different texts"),
+        ({"class_names": [0, 1]}, "different texts"),
+        ({"class_names": "ab"}, "different texts"),
+        ({"class_names": []}, "different texts"),
+        ({"class_names": ["a"]}, "labels run from 0 to 1: valid are 0 to 0"),
+        ({"modality": None}, "modality=None is not text"),
+        ({"modality": "xrya"}, "did you mean 'xray'"),
+    ],
+)
+def test_names_and_modality_are_looked_at_before_the_work(more: dict[str, object], sentence: str) -> None:
+    with pytest.raises(FedistillError, match=sentence):
+        fedistill.distill(*images(), ipc=1, **TINY, **more)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from fedistill.config import LIGHT, PRESETS, TYPES, Config, make_config, recommended_method
 from fedistill.errors import FedistillError
 from fedistill.methods.registry import METHODS
+from fedistill.wire import strict_json
 
 
 def test_strings_and_typed_values_mean_the_same() -> None:
@@ -28,11 +30,21 @@ def test_strings_and_typed_values_mean_the_same() -> None:
         ({"init": "nois"}, "Unknown value of init 'nois': did you mean 'noise'"),
         ({"preset": "fast"}, "Unknown preset 'fast'"),
         ({"data": 3}, "data=3 is not text"),
+        ({"seed": 2**63 - 2, "seeds": 3}, f"seed={2**63 - 2} is too large for seeds=3: the last one must be below"),
+        ({"phantom_size": 100000}, "phantom_size=100000 is too large: it must be at most 1024"),
+        ({"phantom_images": 10**12}, "phantom_images=1000000000000 is too large"),
+        ({"phantom_depth": 10**6}, "phantom_depth=1000000 is too large"),
     ],
 )
 def test_bad_values_are_one_sentence(values: dict, sentence: str) -> None:
     with pytest.raises(FedistillError, match=sentence):
         make_config(values)
+
+
+def test_the_last_seed_fits_into_64_bits() -> None:
+    config = make_config({"seed": 2**63 - 2, "seeds": 2})
+    assert [config.with_seed(config.seed + i).seed for i in range(config.seeds)] == [2**63 - 2, 2**63 - 1]
+    assert strict_json(json.dumps(config.with_seed(2**63 - 1).to_dict()))["seed"] == 2**63 - 1
 
 
 def test_presets_fill_only_what_was_left_open() -> None:

@@ -10,6 +10,7 @@ import pytest
 from fedistill.config import Config
 from fedistill.errors import FedistillError
 from fedistill.events import EventLog, claim_folder, read_events
+from fedistill.files import read_json, write_json
 
 
 def test_events_come_back_in_order(tmp_path: Path) -> None:
@@ -54,6 +55,19 @@ def test_folder_goes_on_with_more_seeds_only(tmp_path: Path) -> None:
     with pytest.raises(FedistillError, match="ipc was 10 and is now 3") as caught:
         claim_folder(tmp_path, dataclasses.replace(config, ipc=3))
     assert caught.value.code == "other-run"
+
+
+def test_a_report_of_more_seeds_is_kept(tmp_path: Path) -> None:
+    config = Config(preset="quick", seeds=2).resolved()
+    claim_folder(tmp_path, config)
+    claim_folder(tmp_path, dataclasses.replace(config, seeds=1))  # nothing is finished: fewer may do
+    claim_folder(tmp_path, config)
+    write_json(tmp_path / "summary.json", {"seeds": [0, 1]})
+    claim_folder(tmp_path, config)
+    with pytest.raises(FedistillError, match="the report of a run of 2 seeds: say --seeds 2") as caught:
+        claim_folder(tmp_path, dataclasses.replace(config, seeds=1))
+    assert caught.value.code == "other-run"
+    assert read_json(tmp_path / "config.json")["seeds"] == 2
 
 
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from fedistill.synthetic.sheet import contact_sheet
 from fedistill.wire import encode, size
 
 Record = dict[str, Any]
-VALIDATED = ("balanced_accuracy", "auc")
+VALIDATED = ("balanced_accuracy", "auc", "qwk", "map")  # of those that a kind of task has
 
 
 def run_cell(cell: Cell, out: Path, sheet: bool) -> Record:
@@ -118,7 +118,11 @@ def _figures(cell: Cell, out: Path, sheet: bool) -> Record:
     if cell.arm == "fedavg":
         check_settings(cell.config, task_of(data))
         result, sent = average_sites(cell.config, data, sites, out / "work" / "fedavg" / cell.key)
-        return {"images": None, "upload_bytes": sent, "models": {architectures(cell.config)[0]: _scores(result)}}
+        return {
+            "images": None,
+            "upload_bytes": sent,
+            "models": {architectures(cell.config)[0]: _scores(result, data.kind)},
+        }
     made, ends = [], []
     for site in sites:
         slices: list[Progress] = []
@@ -146,21 +150,26 @@ def _experts_themselves(cell: Cell, data: Dataset, sites: Sequence[Dataset], out
     paths = [expert_paths(cell.config, site, site.name, out / "work") for site in sites]
     floats = sum(path.shape[1] for site in paths for path in site)
     result = ensemble(cell.config, task, paths, data)
-    return {"images": None, "upload_bytes": 4 * floats, "models": {architectures(cell.config)[0]: _scores(result)}}
+    return {
+        "images": None,
+        "upload_bytes": 4 * floats,
+        "models": {architectures(cell.config)[0]: _scores(result, data.kind)},
+    }
 
 
 def _models(config: Config, data: Dataset, material: Material) -> Record:
     task = task_of(data)
     return {
-        model: _scores(select_and_test(config, task, model, material, data.val, data.test))
+        model: _scores(select_and_test(config, task, model, material, data.val, data.test), data.kind)
         for model in architectures(config)
     }
 
 
-def _scores(result: Result) -> Record:
-    """Means over networks of the figures that every kind of task has."""
-    test = {name: mean_std([s[name] for s in result.scores])["mean"] for name in NAMES["multiclass"]}
-    val = {f"val_{name}": mean_std([s[name] for s in result.val_scores])["mean"] for name in VALIDATED}
+def _scores(result: Result, kind: str) -> Record:
+    """Means over networks of the figures that a kind of task has."""
+    names = NAMES[kind]
+    test = {name: mean_std([s[name] for s in result.scores])["mean"] for name in names}
+    val = {f"val_{name}": mean_std([s[name] for s in result.val_scores])["mean"] for name in VALIDATED if name in names}
     return test | val | {"learning_rate": result.learning_rate, "seconds": result.seconds}
 
 

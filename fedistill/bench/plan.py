@@ -17,7 +17,7 @@ from fedistill.bench.suite import SHARED, WHOLE, Source, Suite
 from fedistill.config import ALGORITHM, Config, make_config
 from fedistill.data.dataset import Dataset, combined
 from fedistill.data.partition import partition
-from fedistill.data.sources import load_data
+from fedistill.data.sources import is_name, load_data
 from fedistill.errors import FedistillError, unknown
 from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.fit import LEARNING_RATES
@@ -152,6 +152,8 @@ def _settings(suite: Suite, choice: Choice, data: str, method: str) -> dict[str,
 def _place(source: Source, root: Path) -> str:
     """A file below the root by its absolute path; a MedMNIST flag or `phantom` as it is."""
     said = str(source.settings["data"])
+    if is_name(said):
+        return said
     path = (root / Path(said).expanduser()).expanduser().absolute()
     return str(path) if path.exists() or Path(said).suffix else said
 

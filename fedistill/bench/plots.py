@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedistill.bench.results import Row
+from fedistill.bench.results import Row, kind_of
 from fedistill.bench.suite import WHOLE
 from fedistill.bench.tables import figures, methods_of, models_of, places_of
 from fedistill.evaluation.metrics import mean_std
 from fedistill.files import write_bytes
 from fedistill.report.curves import PALETTE
+from fedistill.report.tables import SHOWN, spoken
 
-METRIC = "balanced_accuracy"
 COSTS = {"images": "images in the set", "upload_bytes": "bytes of the set"}
 MARKERS = "osD^vP*"
 DASHES = ("-", "--", ":")  # colour, marker and dash together tell more methods apart than there are colours
@@ -40,9 +40,10 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
     figure = Figure(figsize=(4 * len(sets) + 2.4, 3.6), layout="constrained")
     panels = figure.subplots(1, len(sets), squeeze=False)[0]
     lines = {}
-    for panel, data in zip(panels, sets, strict=True):
+    metrics = [SHOWN[kind_of(rows, data)][0] for data in sets]
+    for panel, data, metric in zip(panels, sets, metrics, strict=True):
         for k, method in enumerate(methods):
-            points = [(ipc, figures(rows, data, ipc, method, METRIC)) for d, ipc in places_of(rows) if d == data]
+            points = [(ipc, figures(rows, data, ipc, method, metric)) for d, ipc in places_of(rows) if d == data]
             drawn = [
                 (_mean_cost(rows, data, ipc, method, cost), mean_std(list(f.values.values())))
                 for ipc, f in points
@@ -62,7 +63,7 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
                 capsize=2,
                 linewidth=1.2,
             )
-        whole = mean_std(list(figures(rows, data, 0, WHOLE, METRIC).values.values()))
+        whole = mean_std(list(figures(rows, data, 0, WHOLE, metric).values.values()))
         if whole["mean"] is not None:
             lines[WHOLE] = panel.axhline(whole["mean"], color="0.35", linewidth=1, linestyle=(0, (6, 3)))
             spread = whole["std"] or 0.0
@@ -74,7 +75,9 @@ def _plot(rows: Sequence[Row], cost: str) -> bytes:
         panel.set_xticks(budgets, [f"{b:,.0f}" for b in budgets], minor=False)
         panel.set_xticks([], minor=True)
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel(f"balanced accuracy ({models_of(rows)[0]})")
+    for place, (panel, metric) in enumerate(zip(panels, metrics, strict=True)):
+        if place == 0 or metric != metrics[place - 1]:
+            panel.set_ylabel(f"{spoken(metric)} ({models_of(rows)[0]})")
     figure.legend(list(lines.values()), list(lines), loc="outside right center", frameon=False, fontsize="small")
     return vector(figure, "svg")
 

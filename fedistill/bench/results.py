@@ -18,6 +18,7 @@ from fedistill.files import read_json, write_bytes
 TEXTS = ("data", "method", "model", "status", "reason", "against")
 WHOLES = ("ipc", "seed", "images", "upload_bytes", "iterations", "skipped")
 SCORES = ("val_balanced_accuracy", "val_auc", "accuracy", "balanced_accuracy", "macro_f1", "auc")
+OF_GRADES, OF_FINDINGS = ("val_qwk", "qwk", "mae"), ("val_map", "map")
 COLUMNS = (
     "data",
     "method",
@@ -34,6 +35,8 @@ COLUMNS = (
     "skipped",
     "learning_rate",
     *SCORES,
+    *OF_GRADES,
+    *OF_FINDINGS,
     "against",
 )
 OF_CELL = ("data", "method", "ipc", "seed", "status", "reason")
@@ -44,6 +47,15 @@ Row = dict[str, Any]  # the columns of the table; None where a figure is missing
 
 def record_path(out: Path, key: str) -> Path:
     return out / "cells" / f"{key}.json"
+
+
+def kind_of(rows: Iterable[Row], data: str) -> str:
+    """The kind of task of a data set, by the figures that it has."""
+    mine = [row for row in rows if row["data"] == data]
+    for kind, names in (("ordinal", OF_GRADES), ("multilabel", OF_FINDINGS)):
+        if any(row[name] is not None for row in mine for name in names):
+            return kind
+    return "multiclass"
 
 
 def finished(out: Path, cell: Cell) -> bool:
@@ -100,7 +112,8 @@ def read_rows(path: Path) -> list[Row]:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             table = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (table.fieldnames or ())]
+            known = (*(table.fieldnames or ()), *OF_GRADES, *OF_FINDINGS)  # tables from before do not have these
+            missing = [name for name in COLUMNS if name not in known]
             if missing:
                 raise FedistillError("bad-results", f"{path} is not a table of results: it lacks {', '.join(missing)}.")
             return [_parsed(row) for row in table]
@@ -120,7 +133,7 @@ def _parsed(row: Mapping[str, str]) -> Row:
     def value(name: str) -> Any:
         if name in TEXTS:
             return row[name]
-        if row[name] == "":
+        if row.get(name, "") == "":
             return None
         return int(row[name]) if name in WHOLES else float(row[name])
 

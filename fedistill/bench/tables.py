@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from fedistill.bench.results import Row
+from fedistill.bench.results import OF_FINDINGS, OF_GRADES, Row, kind_of
 from fedistill.bench.suite import WHOLE
 from fedistill.evaluation.metrics import mean_std
 from fedistill.report.tables import METRICS, SHOWN, score
@@ -16,8 +16,14 @@ SCORES = {
     **{name: METRICS[name] for name in SHOWN["multiclass"]},
     "val_balanced_accuracy": "Balanced accuracy on validation",
     "val_auc": "AUC on validation",
+    **{name: METRICS[name] for name in ("qwk", "mae")},
+    "val_qwk": "QWK on validation",
+    "map": METRICS["map"],
+    "val_map": "mAP on validation",
 }
-PAIRED = ("balanced_accuracy", "auc", "val_balanced_accuracy")
+PAIRED = ("balanced_accuracy", "auc", "val_balanced_accuracy", "qwk", "val_qwk", "map", "val_map")
+# What a difference is one of, for recovery and gain: accuracy as in the literature, where that means something.
+GAINED = {"multiclass": "accuracy", "ordinal": "qwk", "multilabel": "auc"}
 NOTHING = "–"
 
 
@@ -39,21 +45,38 @@ def markdown(rows: Sequence[Row]) -> str:
     for model in models_of(rows):
         mine = [row for row in rows if row["model"] == model]
         parts.append(f"## Networks: {model}")
-        for metric, title in SCORES.items():
-            parts += [f"### {title}", score_table(mine, metric)]
+        shown = _shown_of(mine)
+        for metric in shown:
+            parts += [f"### {SCORES[metric]}", score_table(mine, metric)]
         parts += [
             "### Recovery of all real images (HLR)",
-            "Accuracy of training on all real images minus accuracy of training on the set, of the same seed: lower is better.",
-            difference_table(mine, "accuracy", _recovery, best=min),
+            "Accuracy of training on all real images minus accuracy of training on the set, of the same seed: lower is better."
+            + _gained(mine),
+            difference_table(mine, _recovery, best=min),
             "### Improvement over random real images (IOR)",
-            f"Accuracy minus that of `{RANDOM}`, of the same seed and images per class: higher is better.",
-            difference_table(mine, "accuracy", _improvement, best=max),
+            f"Accuracy minus that of `{RANDOM}`, of the same seed and images per class: higher is better."
+            + _gained(mine),
+            difference_table(mine, _improvement, best=max),
             "### Paired comparisons",
             "Mean difference of pairs with the same data and seed ± its standard error (number of pairs).",
-            *(f"{SCORES[metric]}:\n\n{paired_table(mine, metric)}" for metric in PAIRED),
+            *(f"{SCORES[metric]}:\n\n{paired_table(mine, metric)}" for metric in PAIRED if metric in shown),
         ]
     parts += ["## Failed cells", _failures(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _shown_of(rows: Sequence[Row]) -> list[str]:
+    """The metrics that have a table: those of grades and of findings only where some data have them."""
+    kinds = {kind_of(rows, data) for data in {row["data"] for row in rows}}
+    own = dict.fromkeys(OF_GRADES, "ordinal") | dict.fromkeys(OF_FINDINGS, "multilabel")
+    return [metric for metric in SCORES if own.get(metric, "") in ("", *kinds)]
+
+
+def _gained(rows: Sequence[Row]) -> str:
+    """Of which data sets it is another figure than accuracy, and which one; empty where there are none."""
+    kinds = {data: kind_of(rows, data) for data in sorted({row["data"] for row in rows})}
+    others = {data: METRICS[GAINED[kind]] for data, kind in kinds.items() if kind != "multiclass"}
+    return "".join(f" Of {data} it is {title} in place of accuracy." for data, title in others.items())
 
 
 def models_of(rows: Iterable[Row]) -> list[str]:
@@ -85,7 +108,7 @@ def score_table(rows: Sequence[Row], metric: str) -> str:
     def pick(place: tuple[str, int], method: str) -> Figures:
         return figures(rows, *place, method, metric)
 
-    body = _body(rows, methods_of(rows), pick, max, score)
+    body = _body(rows, methods_of(rows), pick, min if metric == "mae" else max, score)
     seeds = len({row["seed"] for row in rows})
     body.append([f"*{WHOLE}*", *(_shown(pick(place, WHOLE), seeds, score) for place in places_of(rows))])
     return markdown_table(["method", *map(_place, places_of(rows))], body)
@@ -93,7 +116,6 @@ def score_table(rows: Sequence[Row], metric: str) -> str:
 
 def difference_table(
     rows: Sequence[Row],
-    metric: str,
     difference: Callable[[Sequence[Row], tuple[str, int], str, str], Figures],
     *,
     best: Callable[..., float],
@@ -101,7 +123,7 @@ def difference_table(
     """Methods against places: mean ± deviation over seeds of a difference within each seed."""
 
     def pick(place: tuple[str, int], method: str) -> Figures:
-        return difference(rows, place, method, metric)
+        return difference(rows, place, method, GAINED[kind_of(rows, place[0])])
 
     return markdown_table(["method", *map(_place, places_of(rows))], _body(rows, methods_of(rows), pick, best, signed))
 

@@ -67,6 +67,7 @@ def init(
     file: Where = "site.toml",
 ) -> None:
     """Write a careful policy to begin with, to be read and changed by people; with a kit, make the site's key too."""
+    from fedistill.data.sources import is_name
     from fedistill.deploy import check_path, make_site_key, read_kit, unit_of
     from fedistill.files import write_bytes, write_once
 
@@ -78,10 +79,11 @@ def init(
     if place.exists():
         raise FedistillError("exists", f"{file} exists already: edit it, or choose another --site.")
     absolute = Path(data).expanduser().absolute()
+    there = absolute.exists() and not is_name(data)
     found = read_kit(Path(kit)) if kit is not None else None
     called = found.name if found is not None else str(name)
     place_of_work = Path(work).expanduser().absolute()  # shells expand --work ~/w, and not --work=~/w
-    words = {"name": called, "data": str(absolute) if absolute.exists() else data, "work": str(place_of_work)}
+    words = {"name": called, "data": str(absolute) if there else data, "work": str(place_of_work)}
     text = TEMPLATE.format(**{key: json.dumps(word, ensure_ascii=False) for key, word in words.items()})
     if found is not None:
         check_path(place.absolute())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ class Part:
     """One split as arrays: images `(n, H, W, C)` or `(n, D, H, W, C)` uint8, labels `(n,)` or 0 and 1 `(n, K)`, sites `(n,)`.
 
     together: images that share a number `(n,)` are never put in different splits. patient: the patient of each image as a
-    number `(n,)`, where all are known; stands in for `together`.
+    number `(n,)`, where all are known; stands in for `together`. row: as in `Split`.
     """
 
     images: np.ndarray
@@ -30,6 +30,7 @@ class Part:
     site: np.ndarray
     together: np.ndarray | None = None
     patient: np.ndarray | None = None
+    row: np.ndarray | None = None
 
     @property
     def groups(self) -> np.ndarray:
@@ -44,8 +45,8 @@ class Part:
 
     def take(self, index: np.ndarray) -> Part:
         """The images at `index`, in that order."""
-        together, patient = (None if a is None else a[index] for a in (self.together, self.patient))
-        return Part(self.images[index], self.labels[index], self.site[index], together, patient)
+        together, patient, row = (None if a is None else a[index] for a in (self.together, self.patient, self.row))
+        return Part(self.images[index], self.labels[index], self.site[index], together, patient, row)
 
 
 def assemble(
@@ -95,7 +96,7 @@ def fill_splits(name: str, parts: Mapping[str, Part]) -> dict[str, Part]:
     missing = [key for key in SPLITS if key not in parts]
     if not missing:
         return dict(parts)
-    train = parts["train"]
+    train = replace(parts["train"], row=np.arange(len(parts["train"].labels)))
     index = _cut(train, {key: _SHARES[key] for key in ("train", *missing)})
     for key, chosen in index.items():
         if len(chosen) == 0:
@@ -139,5 +140,6 @@ def _cut(part: Part, shares: Mapping[str, int]) -> dict[str, np.ndarray]:
 def _tensors(part: Part) -> Split:
     images = torch.from_numpy(np.ascontiguousarray(part.images)).movedim(-1, 1).contiguous()
     labels = torch.from_numpy(part.labels.astype(np.int64))
-    patient = None if part.patient is None else torch.from_numpy(part.patient.astype(np.int64))
-    return Split(images, labels, torch.from_numpy(part.site.astype(np.int64)), patient)
+    site = torch.from_numpy(part.site.astype(np.int64))
+    patient, row = (None if a is None else torch.from_numpy(a.astype(np.int64)) for a in (part.patient, part.row))
+    return Split(images, labels, site, patient, row)

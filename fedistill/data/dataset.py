@@ -21,20 +21,22 @@ class Split:
     labels: a class or grade `(n,)`, or 0 and 1 per finding `(n, K)` where an image may have several.
     patient: where every image's patient is known, a number per patient `(n,)` int64, the same at all sites. It stands for a
         patient within this split alone, and never leaves the site.
+    row: where this split was cut out of the source's training images, the position of each image `(n,)` among all of those.
     """
 
     images: Tensor
     labels: Tensor
     site: Tensor
     patient: Tensor | None = None
+    row: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, index: Tensor) -> Split:
         """The images at `index` `(k,)` int64, in that order."""
-        patient = None if self.patient is None else self.patient[index]
-        return Split(self.images[index], self.labels[index], self.site[index], patient)
+        patient, row = (None if known is None else known[index] for known in (self.patient, self.row))
+        return Split(self.images[index], self.labels[index], self.site[index], patient, row)
 
     def counts(self, classes: int) -> list[int]:
         """Images of each class, or with each finding."""

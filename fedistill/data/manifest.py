@@ -102,7 +102,7 @@ def _check_repeats(path: Path, entries: list[Entry], lines: list[int]) -> None:
     seen: dict[Path, int] = {}
     home: dict[str, tuple[str, int]] = {}
     for entry, line in zip(entries, lines, strict=True):
-        before = seen.setdefault(entry.path, line)
+        before = seen.setdefault(entry.path.resolve(), line)  # `./a.png`, `x/../a.png` and links are the same image
         if before != line:
             raise FedistillError("bad-csv", f"{path} line {line} lists the same image as line {before}: keep one.")
         split, first = home.setdefault(entry.patient, (entry.split, line))

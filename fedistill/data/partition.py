@@ -45,8 +45,9 @@ def partition(data: Dataset, config: Config) -> Partition:
     `site` follows the real sites. The others are random and reproducible: `iid` gives every site the same number and
     class mix; `dirichlet` draws the share of each class over the sites from Dir(alpha); `quantity` draws the sizes of
     the sites from Dir(alpha) with the same class mix. There, val and test are divided IID, and an image with several
-    findings counts for the first. A path to a `.json` file gives the indices themselves. Raises `FedistillError` when
-    the partition is impossible, naming the way out.
+    findings counts for the first. A path to a `.json` file gives the indices themselves. Where val or test were cut out of
+    the training images, its training indices count all of these, and a site has for val and test what was cut away of its
+    own. Raises `FedistillError` when the partition is impossible, naming the way out.
     """
     kind = config.partition
     if kind == "auto":
@@ -174,7 +175,10 @@ def _redraw(draw: Callable[[], Tensor], config: Config, sites: int) -> Tensor:
 
 
 def _from_file(data: Dataset, path: Path, sites: int) -> Partition:
-    """Explicit indices; see `_named` for the formats. Val and test are divided IID by a fixed seed when not given."""
+    """Explicit indices; see `_named` for the formats. Val and test are divided IID by a fixed seed when not given.
+
+    Splits that were cut out of the training images follow the training indices: nobody can know where the cut was.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unrepeated)
     except FileNotFoundError:
@@ -187,20 +191,42 @@ def _from_file(data: Dataset, path: Path, sites: int) -> Partition:
     if sites not in (0, len(named)):
         raise FedistillError("sites-differ", f"sites={sites}, but {path} has {len(named)} sites: leave sites at 0.")
     names = tuple(named)
+    rows = {key: split.row for key, split in data.splits.items() if split.row is not None}
     owners = {}
     for key, split in data.splits.items():
-        if not any(key in lists for lists in named.values()):
+        said = any(key in lists for lists in named.values())
+        if key in rows and key != "train":
+            if said:
+                raise FedistillError(
+                    "bad-partition",
+                    f"{path} lists images of {key}, but {data.name} has no such split: list them in train, from which it is cut.",
+                )
+        elif said:
+            n = 1 + max(int(row.max()) for row in rows.values()) if key in rows else len(split)
+            owners[key] = _owners(named, key, n, path)
+        else:
             even = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
             owners[key] = _divide(split.groups, even, torch.Generator().manual_seed(0))
-            continue
-        owner = [-1] * len(split)
-        for place, name in enumerate(names):
-            where = f"{path}, site '{name}', {key}"
-            if key not in named[name]:
-                raise FedistillError("bad-partition", f"{where}: missing, although other sites list theirs.")
-            _claim(owner, named[name][key], place, names, where)
-        owners[key] = torch.tensor(owner, dtype=torch.int64)
+    owners |= {key: owners["train"][row] for key, row in rows.items()}
+    for place, name in enumerate(names):
+        if not (owners["train"] == place).any():
+            raise FedistillError(
+                "bad-partition",
+                f"{path}, site '{name}', train: all of its images were set aside for validation and test: list more.",
+            )
     return _collect(names, owners)
+
+
+def _owners(named: Mapping[str, Mapping[str, Any]], key: str, n: int, path: Path) -> Tensor:
+    """The site of each of the `n` images that the lists called `key` count, `(n,)`; -1 where nobody lists it."""
+    owner = [-1] * n
+    names = tuple(named)
+    for place, name in enumerate(names):
+        where = f"{path}, site '{name}', {key}"
+        if key not in named[name]:
+            raise FedistillError("bad-partition", f"{where}: missing, although other sites list theirs.")
+        _claim(owner, named[name][key], place, names, where)
+    return torch.tensor(owner, dtype=torch.int64)
 
 
 def _claim(owner: list[int], listed: Any, place: int, names: Sequence[str], where: str) -> None:

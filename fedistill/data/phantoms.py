@@ -58,6 +58,7 @@ SCANNERS = (
 _SITE_SHARES = (0.4, 0.35, 0.25)
 _CHUNK = 256  # images drawn at a time: bounds the memory
 _MOST = 3  # lesions in one image
+_MOST_VALUES = 2**32  # of all training images: 16 GB while they are drawn
 _WIDER, _LONGER = (
     1.2,
     2.0,
@@ -68,7 +69,7 @@ def phantom_data(config: Config) -> Dataset:
     """The phantoms that `config` asks for; the same seed gives the same bits.
 
     Validation has a quarter and test half as many images as training. Raises `FedistillError` on a number of classes,
-    channels or images that cannot be made.
+    channels or images that cannot be made, or on more than fit into memory.
     """
     classes, channels, n = config.phantom_classes, config.phantom_channels, config.phantom_images
     kind = "multiclass" if config.task == "auto" else config.task
@@ -76,6 +77,13 @@ def phantom_data(config: Config) -> Dataset:
     if n < 8 * classes:
         raise FedistillError(
             "bad-value", f"phantom_images={n} is too few for {classes} classes: it must be at least {8 * classes}."
+        )
+    values = n * channels * config.phantom_size**2 * max(1, config.phantom_depth)
+    if values > _MOST_VALUES:
+        raise FedistillError(
+            "bad-value",
+            f"phantom_images={n} of this size would have {values:,} values, and at most {_MOST_VALUES:,} are drawn: "
+            "make them fewer or smaller.",
         )
     generator = torch.Generator().manual_seed(config.seed)
     sizes = {"train": n, "val": n // 4, "test": n // 2}

@@ -34,7 +34,7 @@ def load_data(config: Config) -> Dataset:
     loaded = _load(config)
     if config.privacy == "none":
         check_classes(loaded)
-    data = _resized(of_task(loaded, config.task), config.image_size)
+    data = resized(of_task(loaded, config.task), config.image_size)
     height, width = data.geometry[-2:]
     if height != width:
         raise FedistillError(
@@ -58,10 +58,15 @@ def _load(config: Config) -> Dataset:
     raise FedistillError("bad-data", f"{path} is neither an .npz file, a .csv manifest nor an image folder.")
 
 
+def is_name(source: str) -> bool:
+    """Whether a data source is `phantom` or a MedMNIST flag, which come before files and folders of the same name."""
+    return source.strip() == "phantom" or source.strip() in MEDMNIST
+
+
 def place_of(source: str) -> Path | None:
     """The file or folder that a data source names; None where its name is all. Raises `FedistillError` where there is none."""
     source = source.strip()
-    if source == "phantom" or source in MEDMNIST:
+    if is_name(source):
         return None
     path = Path(source)
     try:
@@ -75,7 +80,7 @@ def place_of(source: str) -> Path | None:
     raise unknown("data source", source, ["phantom", *MEDMNIST])
 
 
-def _resized(data: Dataset, size: int) -> Dataset:
+def resized(data: Dataset, size: int) -> Dataset:
     """Square images, or cubes, of `size` pixels per side; unchanged when `size` is 0."""
     if size == 0 or set(data.geometry[1:]) == {size}:
         return data

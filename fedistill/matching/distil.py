@@ -61,13 +61,28 @@ def finished(matching: Matching, state: State) -> bool:
     return matching.method.step is None or state.iteration >= matching.goal
 
 
+def _image_rate(matching: Matching) -> str:
+    """The setting that is the learning rate of the images."""
+    return "image_lr" if matching.method.schedule is not None else "pixel_lr"
+
+
+def check_finite(matching: Matching, state: State) -> None:
+    """Raise `FedistillError` when the images are no numbers any more: they will not become any again."""
+    if not torch.isfinite(state.images).all():
+        name = _image_rate(matching)
+        raise FedistillError(
+            "diverged",
+            f"The images diverged within {state.iteration} iterations: lower {name}={getattr(matching.config, name):g}.",
+        )
+
+
 def check_skips(matching: Matching, state: State) -> None:
     """Raise `FedistillError` when more than half of all iterations had to be skipped: the result would be noise."""
     if state.skipped > 0.5 * state.iteration:
         raise FedistillError(
             "all-skipped",
             f"{state.skipped} of {state.iteration} iterations had a matching loss above skip_above={matching.config.skip_above:g}: "
-            "lower image_lr, or raise syn_steps.",
+            f"lower {_image_rate(matching)}, or raise syn_steps.",
         )
 
 

@@ -87,6 +87,8 @@ def _compile(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
     The compiler keeps what it made in its own cache on disk, so later runs start at once.
     """
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else a pool of processes beside every worker
+    # that there is no GPU is no news to the user
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     chosen: list[Callable[..., Any]] = []
 
     def call(*args: Tensor) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
@@ -83,12 +85,19 @@ def check_budget(config: Config, data: Dataset) -> None:
     """
     if config.privacy == "dp" and config.unit == "patient":
         return
-    wanted = config.ipc * data.classes
+    each = data.classes  # synthetic images for each of ipc
     if data.kind == "multilabel":  # no class is cut to what it has
-        wanted = images_per_class(config, task_of(data)) * data.classes
-    if wanted > len(data.train):
-        raise FedistillError(
-            "budget",
-            f"ipc={config.ipc} asks for {wanted} synthetic images, but {data.name} has only {len(data.train)} "
-            f"training images: use ipc={max(1, config.ipc * len(data.train) // wanted // 2)} or less.",
-        )
+        each = images_per_class(replace(config, ipc=1), task_of(data)) * data.classes
+    have = len(data.train)
+    if config.ipc * each <= have:
+        return
+    what = f"ipc={config.ipc} asks for {config.ipc * each} synthetic images, but {data.name} has only {have} training images"
+    if most := have // each:
+        raise FedistillError("budget", f"{what}: use ipc={most} or less.")
+    if have >= data.classes:  # without formation one of each would do
+        raise FedistillError("budget", f"{what}: leave formation at 1, or lower it.")
+    fewer = "findings" if data.kind == "multilabel" else "classes"
+    raise FedistillError(
+        "budget",
+        f"{what}, fewer than the {data.classes} {fewer}: add images, or in a simulation take fewer sites or another partition.",
+    )

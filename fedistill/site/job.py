@@ -30,7 +30,7 @@ from fedistill.data.records import Records
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task, architectures_of, load_trajectory, steps_done, train_experts
 from fedistill.files import read_json, read_tensors, write_json, write_tensors
-from fedistill.matching.distil import check_skips, distil, finished, start, warnings
+from fedistill.matching.distil import check_finite, check_skips, distil, finished, start, warnings
 from fedistill.matching.overlap import overlap_limit
 from fedistill.matching.problem import Bundle, Matching, Real, horizon, images_per_class, membership, one_each, prepare
 from fedistill.matching.state import State, load_state, save_state
@@ -193,6 +193,7 @@ def _distil_slice(
         state.made_of = made_of
     before, total = state.iteration, matching.goal
     distil(matching, state, until=until)
+    check_finite(matching, state)
     save_state(state, folders.state)
     ready = finished(matching, state)
     if ready:

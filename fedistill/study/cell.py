@@ -30,6 +30,8 @@ def run(out: Path, key: str) -> dict[str, Any]:
     began, config = time.monotonic(), Config(**read_json(out / "study.json")["configs"][key])
     record: dict[str, Any] = {"key": key, "seeds": list(range(config.seed, config.seed + config.seeds)), "rows": []}
     try:
+        # The record says what is finished, and a study may go back to fewer seeds, which a run refuses to.
+        (Path(config.out) / "summary.json").unlink(missing_ok=True)
         summary = simulate(config, Console(file=sys.stdout, width=120))
         record |= {"status": "ok", "code": "", "reason": "", "rows": rows_of_run(config, Path(config.out))}
         record |= {"peak_memory_bytes": summary["peak_memory_bytes"]}

@@ -64,6 +64,12 @@ def test_the_same_images_elsewhere_have_the_same_keys(tmp_path: Path, shared_dat
     assert keys(tmp_path, data_root=shared_data) == keys(tmp_path, data_root=tmp_path / "root")
 
 
+def test_a_name_of_data_stays_one_beside_a_folder_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "root" / "phantom").mkdir(parents=True)
+    cells = planned(write_suite(tmp_path / "suite"), data_root=tmp_path / "root")
+    assert {cell.config.data for cell in cells} == {"phantom"}
+
+
 def test_cells_that_differ_after_the_experts_share_them(tmp_path: Path) -> None:
     cells = [cell for cell in planned(write_suite(tmp_path)) if cell.method != "whole"]
     assert len({cell.experts for cell in cells}) == 2  # one per seed

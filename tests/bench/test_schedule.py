@@ -11,7 +11,7 @@ from fedistill.bench import cells as cells_module
 from fedistill.bench import schedule
 from fedistill.bench.cells import run_cell, train_experts_of
 from fedistill.bench.plan import Cell, Choice, cells_of
-from fedistill.bench.results import collect, finished, read_rows, record_path
+from fedistill.bench.results import collect, finished, kind_of, read_rows, record_path
 from fedistill.bench.run import write_results
 from fedistill.bench.schedule import Engine, tasks_of, work_off
 from fedistill.bench.suite import load_suite
@@ -54,6 +54,18 @@ def test_the_table_holds_figures_of_validation_and_test(tmp_path: Path) -> None:
     assert all(row["seconds_distil"] > 0 and row["seconds_experts"] > 0 for row in rows[2:])
     assert "**" in (out / "tables.md").read_text()
     assert (out / "accuracy-by-images.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(("task", "names"), [("ordinal", ("qwk", "val_qwk")), ("multilabel", ("map", "val_map"))])
+def test_the_table_holds_the_figures_of_the_task(tmp_path: Path, task: str, names: tuple[str, ...]) -> None:
+    suite, out = write_suite(tmp_path / "suite", data_phantom=f'data = "phantom"\ntask = "{task}"'), tmp_path / "out"
+    choice = {"ipc": [2], "seeds": 1, "methods": ["mtt"]}
+    _, cells = start(suite, out, **choice)
+    write_results(load_suite(str(suite)), Choice(**choice), cells, out)
+    rows = read_rows(out / "results.csv")
+    assert len(rows) == 2
+    assert all(row["status"] == "ok" and row[name] is not None for row in rows for name in names)
+    assert kind_of(rows, "phantom") == task
 
 
 def test_results_hold_what_the_settings_of_now_say(tmp_path: Path) -> None:

@@ -58,6 +58,40 @@ def test_means_deviations_bold_and_failures() -> None:
     assert "| eyes | ptm | 10 | 1 | Too much \\| of it. |" in text
 
 
+GRADED = [
+    row("whole", 0, 0.9, ipc=0, data="grades", qwk=0.8, mae=0.2, val_qwk=0.7),
+    row("mtt", 0, 0.8, data="grades", qwk=0.4, mae=0.9, val_qwk=0.3),
+    row("ptm", 0, 0.5, data="grades", qwk=0.6, mae=0.5, val_qwk=0.5, against="mtt"),
+    row("random", 0, 0.7, data="grades", qwk=0.1, mae=1.5, val_qwk=0.2),
+    row("mtt", 0, 0.8, data="chests", map=0.3, val_map=0.25),
+    row("ptm", 0, 0.7, data="chests", map=0.4, val_map=0.45, against="mtt"),
+]
+
+
+def test_grades_and_findings_are_compared_by_their_own_figures(tmp_path: Path) -> None:
+    """ptm has fewer grades exactly right than mtt, and is nearer to them."""
+    text = markdown([*ROWS, *GRADED])
+    assert line(text, "QWK", "method") == ["chests, IPC 1", "eyes, IPC 1", "eyes, IPC 10", "grades, IPC 1"]
+    assert line(text, "QWK", "ptm") == ["–", "–", "failed", "**.600 (n=1)**"]
+    assert line(text, "MAE (grades)", "ptm")[3] == "**.500 (n=1)**"  # the smaller, the better
+    assert line(text, "mAP", "ptm")[0] == "**.400 (n=1)**"
+    assert line(text, "Recovery of all real images (HLR)", "ptm")[3] == "**+.200 (n=1)**"  # 0.8 - 0.6 in QWK
+    assert line(text, "Improvement over random real images (IOR)", "mtt")[3] == "+.300 (n=1)"
+    assert line(text, "Recovery of all real images (HLR)", "ptm")[1] == "**+.130 ± .099**"  # of classes as before
+    assert "Of chests it is AUC in place of accuracy. Of grades it is QWK in place of accuracy." in text
+    assert "QWK on validation:\n\n| pair | IPC 1 | IPC 10 |" in text
+    assert "QWK" not in markdown(ROWS)
+    write_plots([*ROWS, *GRADED], tmp_path)
+    svg = (tmp_path / "accuracy-by-images.svg").read_text()
+    assert all(f"{name} (convnet)" in svg for name in ("AUC", "balanced accuracy", "QWK"))
+
+
+def test_a_table_from_before_has_no_figures_of_grades(tmp_path: Path) -> None:
+    old = [name for name in COLUMNS if "qwk" not in name and "map" not in name and name != "mae"]
+    write_rows(tmp_path / "results.csv", ROWS, old)
+    assert read_rows(tmp_path / "results.csv") == ROWS
+
+
 def test_half_measured_methods_cannot_be_the_best() -> None:
     rows = [*ROWS, row("lucky", 0, 0.99)]
     assert line(markdown(rows), "Accuracy", "lucky")[0] == ".990 (n=1)"

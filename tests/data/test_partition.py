@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedistill.config import Config
+from fedistill.data.assemble import Part, assemble
 from fedistill.data.dataset import Dataset, Split
 from fedistill.data.partition import _dirichlet, _divide, partition
 from fedistill.errors import FedistillError
@@ -176,6 +179,53 @@ def test_all_splits_from_a_file(tmp_path):
     parts = partition(make([6, 6]), Config(partition=write(tmp_path, content)))
     assert [index["val"].tolist() for index in parts.index] == [[2], []]
     assert [index["test"].tolist() for index in parts.index] == [[], [0]]
+
+
+def cut(classes, **given):
+    """A data set without val and test, or with those of `given`: image i is of one colour, i."""
+
+    def part(labels, first=0):
+        colours = np.arange(first, first + len(labels), dtype=np.uint8)[:, None, None, None]
+        return Part(colours, np.array(labels), np.zeros(len(labels), dtype=np.int64))
+
+    parts = {"train": part(classes)} | {key: part(labels, 100) for key, labels in given.items()}
+    return assemble("toy", "generic", ["a", "b"], ["all"], parts)
+
+
+def colours(site):
+    return sorted(int(image) for split in site.splits.values() for image in split.images.flatten())
+
+
+def test_indices_count_the_images_as_they_lie_in_the_file_where_the_splits_are_ours(tmp_path):
+    data = cut([0, 1] * 20)
+    north, south = list(range(25)), list(range(25, 39))  # the last one is nobody's
+    parts = partition(data, Config(partition=write(tmp_path, {"north": north, "south": south})))
+    sites = [parts.at(data, place) for place in range(2)]
+    assert [colours(site) for site in sites] == [north, south]
+    assert all(len(site.train) for site in sites)
+    assert [len(split) for split in data.splits.values()] == [28, 4, 8]
+    smaller = replace(data, train=data.train.take(torch.arange(0, len(data.train), 2)))
+    held = partition(smaller, Config(partition=write(tmp_path, {"north": north, "south": south}))).at(smaller, 0)
+    assert set(colours(held)) < set(north)
+
+
+def test_indices_and_a_given_test_split(tmp_path):
+    data = cut([0, 1] * 20, test=[0, 1] * 4)
+    content = {"n": {"train": list(range(30)), "test": [0]}, "s": {"train": list(range(30, 40)), "test": [7]}}
+    parts = partition(data, Config(partition=write(tmp_path, content)))
+    assert [colours(parts.at(data, place)) for place in range(2)] == [[*range(30), 100], [*range(30, 40), 107]]
+
+
+def test_indices_of_splits_that_are_ours(tmp_path):
+    data = cut([0, 1] * 20)
+    content = {"n": {"train": [0], "val": [1]}, "s": {"train": [2], "val": [3]}}
+    with pytest.raises(FedistillError, match="lists images of val, but toy has no such split: list them in train"):
+        partition(data, Config(partition=write(tmp_path, content)))
+    aside, kept = (split.images.flatten().tolist() for split in (data.test, data.train))
+    with pytest.raises(FedistillError, match="site 's', train: all of its images were set aside"):
+        partition(data, Config(partition=write(tmp_path, {"n": kept, "s": aside})))
+    with pytest.raises(FedistillError, match="index 40 is out of range"):
+        partition(data, Config(partition=write(tmp_path, {"n": [40]})))
 
 
 def test_fedvck_file(tmp_path):

@@ -160,3 +160,9 @@ def test_a_small_convnet_learns_what_a_linear_model_cannot():
         linear = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 4))
         assert 0.7 < _accuracy(convnet, data, 200, 0.03, 0.9) < 0.97
         assert _accuracy(linear, data, 300, 0.003, 0.9) < 0.5
+
+
+def test_more_than_fits_into_memory_is_refused_before_it_is_taken():
+    config = Config(phantom_images=500_000, phantom_size=1024, phantom_depth=64)
+    with pytest.raises(FedistillError, match=r"phantom_images=500000 of this size .* make them fewer or smaller"):
+        phantom_data(config)

@@ -629,6 +629,8 @@ def test_manifest_with_several_findings(tmp_path):
         ([("cat/0.png", "a", "b")], ("path", "label"), "line 2 has not as many cells"),
         ([("cat/99.png", "cat")], ("path", "label"), "line 2: the image .*99.png does not exist"),
         ([("cat/0.png", "a"), ("cat/0.png", "b")], ("path", "label"), "line 3 lists the same image as line 2"),
+        ([("cat/0.png", "a"), ("dog/../cat/0.png", "b")], ("path", "label"), "line 3 lists the same image as line 2"),
+        ([("cat/1.png", "a"), ("cat/0.png", "a"), ("link.png", "b")], ("path", "label"), r"line 4 .* image as line 3"),
         ([("cat/0.png", "a", "trian")], ("path", "label", "split"), "line 2: .*did you mean 'train'"),
         ([("cat/0.png", "a", "7")], ("path", "label", "patient_id"), "did you mean 'patient'"),
         (
@@ -640,6 +642,7 @@ def test_manifest_with_several_findings(tmp_path):
 )
 def test_bad_manifests(tmp_path, rows, header, text):
     folder(tmp_path)
+    (tmp_path / "link.png").symlink_to("cat/0.png")
     error = fails(manifest(tmp_path, rows, header), text)
     assert "Jane" not in error.sentence
 

@@ -25,6 +25,7 @@ from fedistill.files import read_json, write_json
 from fedistill.simulation import check
 from fedistill.synthetic.store import load_set
 from server import collect, stages
+from server.stages import _below
 
 TINY = Config(
     partition="iid", sites=3, phantom_images=90, phantom_classes=2, phantom_size=16, width=8, depth=2, experts=1,
@@ -132,6 +133,14 @@ def test_below_quorum_is_an_error_that_names_the_reasons(tmp_path: Path) -> None
     assert caught.value.code == "quorum"
     assert read_json(tmp_path / "run/error.json") == {"code": "quorum", "sentence": caught.value.sentence}
     assert events(tmp_path / "run", site="", phase="collect", status="failed")[0].message == caught.value.sentence
+
+
+def test_a_quorum_of_more_sites_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(FedistillError, match=r"^quorum=4, but there are 3 sites: lower it\.$"):
+        check(dataclasses.replace(TINY, quorum=4))
+    with pytest.raises(FedistillError, match=r"^3 sites finished and 4 are needed\.$"):
+        run(tmp_path / "run", quorum=4)
+    assert _below(9, 2, [("south", "")]).sentence == "2 sites finished and 9 are needed."
 
 
 def test_a_crashed_site_is_asked_again(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -14,11 +15,12 @@ import pytest
 from rich.console import Console
 
 from fedistill.config import Config
+from fedistill.data import partition as partition_module
 from fedistill.errors import FedistillError
 from fedistill.events import read_events
 from fedistill.files import read_json
 from fedistill.processes import process_tree, start_time, tree_with_times
-from fedistill.simulation import app_folder, simulate
+from fedistill.simulation import absolute, app_folder, check, simulate
 
 TINY = {
     "partition": "iid", "sites": 3, "phantom_images": 90, "phantom_classes": 2, "phantom_size": 16, "width": 8,
@@ -32,6 +34,46 @@ def test_bad_input_leaves_no_folder(tmp_path: Path) -> None:
         with pytest.raises(FedistillError):
             simulate(Config(**config.to_dict() | {"out": str(tmp_path / "run")}), Console(file=StringIO()))
     assert not (tmp_path / "run").exists()
+
+
+def test_every_seed_is_divided_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that few draws can divide: a seed that cannot is found at once, and the seeds before it alone are sound."""
+    monkeypatch.setattr(partition_module, "_DRAWS", 1)
+    few = Config(**TINY | {"method": "dm", "partition": "dirichlet", "alpha": 0.1, "sites": 4})  # type: ignore[arg-type]
+
+    def sound(seed: int) -> bool:
+        try:
+            check(few.with_seed(seed))
+        except FedistillError:
+            return False
+        return True
+
+    first = next(seed for seed in range(50) if sound(seed) and not sound(seed + 1))
+    with pytest.raises(FedistillError, match=f"^With seed {first + 1}: In 1 draws") as caught:
+        check(replace(few, seed=first, seeds=2))
+    assert caught.value.code == "empty-site"
+
+
+def test_a_budget_that_a_site_of_a_later_seed_does_not_have() -> None:
+    findings = TINY | {"method": "dm", "task": "multilabel", "partition": "quantity"}
+    sizes = {}
+    for seed in range(10):
+        sizes[seed] = min(len(site.train) for site in check(Config(**findings | {"ipc": 1, "seed": seed})))  # type: ignore[arg-type]
+    first = next(seed for seed in range(9) if sizes[seed + 1] < sizes[seed] - 1)
+    config = Config(**findings | {"ipc": sizes[first] // 2, "seed": first, "seeds": 2})  # type: ignore[arg-type]
+    check(replace(config, seeds=1))
+    with pytest.raises(FedistillError, match=f"^With seed {first + 1}: ipc=") as caught:
+        check(config)
+    assert caught.value.code == "budget"
+
+
+def test_a_name_of_data_stays_one_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("phantom", "bloodmnist", "images"):
+        Path(folder).mkdir()
+    for said, becomes in (("phantom", "phantom"), ("bloodmnist", "bloodmnist"), ("images", str(tmp_path / "images"))):
+        assert absolute(Config(data=said)).data == becomes
+    assert absolute(Config(data="no-such")).data == "no-such"
 
 
 def test_app_is_found() -> None:

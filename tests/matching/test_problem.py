@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fedistill.config import BUDGETS, make_config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
+from fedistill.matching import problem
 from fedistill.matching.distil import check_skips, distil, start, warnings
 from fedistill.matching.problem import (
     Bundle,
@@ -25,6 +27,7 @@ from fedistill.matching.problem import (
     horizon,
     membership,
     prepare,
+    worth_compiling,
 )
 from fedistill.matching.trajectory import OVERSHOOT, make_plan, run_student
 from fedistill.methods.registry import method_of
@@ -46,6 +49,35 @@ def test_budget_policies_differ_as_they_say() -> None:
     assert budget_of(counts, 10, "equal") == [10, 10, 0]
     assert budget_of(counts, 10, "proportional") == [18, 2, 0]
     assert budget_of(counts, 10, "sqrt") == [15, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ipc", "formation"), [("multiclass", 7, 1), ("multiclass", 3, 2), ("multilabel", 2, 1)]
+)
+def test_a_bundle_knows_how_many_images_are_made(kind: str, ipc: int, formation: int) -> None:
+    task = Task((1, 16, 16), ("a", "b"), "generic", kind)
+    bundle = Bundle(task, (), (9, 5), findings=(((1, 0), 9), ((0, 1), 5)))
+    config = make_config({"ipc": ipc, "formation": formation})
+    assert bundle.size(config) == len(bundle.targets(config))
+
+
+def test_few_images_are_not_worth_compiling() -> None:
+    """Half a minute of compilation for batches of two images would cost more than it saves."""
+    task = Task((1, 28, 28), ("a", "b"), "generic")
+    config = make_config({"iterations": 250, "syn_steps": 10, "width": 64})
+    assert worth_compiling(config, task, 50)
+    assert worth_compiling(config, task, 1000) == worth_compiling(config, task, 50)  # a batch has 50 at most
+    assert not worth_compiling(config, task, 2)
+    assert worth_compiling(replace(config, compile="on"), task, 2)
+
+    few = Bundle(task, (), (1, 1))
+    config = replace(config, method="mtt", expert_steps=300)
+    seen: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(problem, "student_of", lambda loss, compiled: seen.append(compiled))
+        prepare(config, method_of(config), few)
+        prepare(config, method_of(config), few, context=(torch.zeros(60, 1, 28, 28), torch.zeros(60, 2)))
+    assert seen == [False, True]  # what other sites teach is in the batches too
 
 
 def test_cover_takes_the_rarest_finding_first_and_no_vector_too_often() -> None:

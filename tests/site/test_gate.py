@@ -362,6 +362,7 @@ def test_a_policy_to_begin_with_is_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "phantom").mkdir()  # the name comes first
     say(capsys, "init", "--name", 'Nörd "1"', "--data", "phantom", "--work", "work")
     policy = command._policy("site.toml")
     assert (policy.name, policy.data, policy.work) == ('Nörd "1"', "phantom", tmp_path / "work")

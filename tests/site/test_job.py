@@ -205,6 +205,18 @@ def test_all_skipped_iterations_are_an_error_not_a_result(tiny: Dataset, tmp_pat
         finish(settings(skip_above=1e-6), tiny, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("method", "name"), [("dm", "pixel_lr"), ("dsa", "pixel_lr"), ("sketch", "pixel_lr"), ("mtt", "image_lr")]
+)
+def test_images_that_diverge_are_said_at_the_end_of_their_slice(
+    method: str, name: str, tiny: Dataset, tmp_path: Path
+) -> None:
+    config = settings(method=method, skip_above=1e30, iterations=200, **{name: 1e38})
+    with pytest.raises(FedistillError, match=rf"diverged within \d\d? iterations: lower {name}=1e\+38") as caught:
+        finish(config, tiny, tmp_path, seconds=0)  # slices of one iteration
+    assert caught.value.code == "diverged"
+
+
 def test_the_step_size_stays_positive_whatever_its_learning_rate(tiny: Dataset, tmp_path: Path) -> None:
     made, _ = finish(settings(step_lr=1e6, skip_above=1e9), tiny, tmp_path)
     assert 0 < made.step_size[0] <= 0.5
