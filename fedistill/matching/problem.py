@@ -86,7 +86,7 @@ class Bundle:
 
     def size(self, config: Config) -> int:
         """Images that are to be made."""
-        wanted = images_per_class(config, self.task.geometry)
+        wanted = images_per_class(config, self.task)
         if self.task.kind == "multilabel":
             return wanted * self.task.classes
         return sum(budget_of(self.counts, wanted, config.budget))
