@@ -78,7 +78,7 @@ def check(config: Config) -> list[Dataset]:
     # torch takes a second to import: only when a run really starts
     from fedistill.data.sources import load_data
     from fedistill.site.describe import task_of
-    from fedistill.site.feasible import check_budget, check_settings
+    from fedistill.site.feasible import check_budget, check_quorum, check_settings
 
     if config.server_data != "same":
         raise FedistillError(
@@ -88,9 +88,7 @@ def check(config: Config) -> list[Dataset]:
     check_settings(config, task_of(data))
     check_budget(config, data)
     sites = list(_divided(config, data))
-    if config.quorum > len(sites):
-        there = "is 1 site" if len(sites) == 1 else f"are {len(sites)} sites"
-        raise FedistillError("bad-value", f"quorum={config.quorum}, but there {there}: lower it.")
+    check_quorum(config, len(sites))
     for seed in range(config.seed + 1, config.seed + config.seeds):  # now, not after the work of those before
         later = config.with_seed(seed)
         try:

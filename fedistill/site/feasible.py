@@ -45,17 +45,23 @@ def check_words(config: Config) -> None:
                 "no-comparison",
                 f"{key}={value} is for comparison, on data that the server has: leave it out, or use server_data=same.",
             )
-    if 0 < config.sites < config.quorum:
-        raise FedistillError(
-            "bad-value",
-            f"quorum={config.quorum} is more than the {config.sites} sites that take part: it can never be met.",
-        )
+    if config.sites:
+        check_quorum(config, config.sites)
     comparators(config)
     shown_rounds(config)
     if config.augment != "auto":
         parse_operations(config.augment)
     architectures_of(config)
     architectures(config)
+
+
+def check_quorum(config: Config, sites: int) -> None:
+    """Raise `FedistillError` where more sites must answer than take part."""
+    if config.quorum > sites:
+        part = "site that takes" if sites == 1 else "sites that take"
+        raise FedistillError(
+            "bad-value", f"quorum={config.quorum} is more than the {sites} {part} part: it can never be met."
+        )
 
 
 def check_settings(config: Config, task: Task) -> None:

@@ -136,10 +136,13 @@ def test_below_quorum_is_an_error_that_names_the_reasons(tmp_path: Path) -> None
 
 
 def test_a_quorum_of_more_sites_than_there_are(tmp_path: Path) -> None:
-    with pytest.raises(FedistillError, match=r"^quorum=4, but there are 3 sites: lower it\.$"):
-        check(dataclasses.replace(TINY, quorum=4))
+    for sites in (3, 0):  # 0: as many as there are
+        with pytest.raises(
+            FedistillError, match=r"^quorum=4 is more than the 3 sites that take part: it can never be met\.$"
+        ):
+            check(dataclasses.replace(TINY, quorum=4, sites=sites))
     with pytest.raises(FedistillError, match=r"^3 sites finished and 4 are needed\.$"):
-        run(tmp_path / "run", quorum=4)
+        run(tmp_path / "run", quorum=4, sites=0)
     assert _below(9, 2, [("south", "")]).sentence == "2 sites finished and 9 are needed."
 
 
