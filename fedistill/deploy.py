@@ -140,7 +140,7 @@ def begin_server(folder: Path, address: str, port: int, own: Shown | None = None
         raise FedistillError("exists", f"{folder} {what}: choose another folder.")
     host, _, gate = address.partition(":")
     gate = gate or "443"
-    if not _HOST.fullmatch(host) or not re.fullmatch("[0-9]{1,5}", gate) or not 0 < int(gate) < 65536:
+    if not _is_address(host, gate) or not 0 < int(gate) < 65536:
         raise FedistillError("bad-address", f"'{address}' is not the address of a server: write host or host:port.")
     folder = folder.absolute()
     check_path(folder)
@@ -223,6 +223,10 @@ def make_kit(server: Server, name: str) -> tuple[Path, str]:
     return path, _fingerprint(parts)
 
 
+def _is_address(host: str, port: str) -> bool:
+    return bool(_HOST.fullmatch(host) and re.fullmatch("[0-9]{1,5}", port))
+
+
 def check_name(name: str) -> None:
     """Raises `FedistillError` ("bad-name") on a name that would not do for a file."""
     if not NAME.fullmatch(name):
@@ -248,12 +252,8 @@ def read_kit(path: Path) -> Kit:
                     parts[name] = file.read(MOST_BYTES)
         about = strict_json(parts["site.json"].decode())
         name, address = about["name"], about["address"]
-        if (
-            set(parts) != {*_KIT, _SIGNATURE}
-            or not NAME.fullmatch(name)
-            or not _HOST.fullmatch(address.rpartition(":")[0])
-            or not re.fullmatch(r"[0-9]{1,5}", address.rpartition(":")[2])
-        ):
+        host, _, gate = address.rpartition(":")
+        if set(parts) != {*_KIT, _SIGNATURE} or not NAME.fullmatch(name) or not _is_address(host, gate):
             raise ValueError
         x509.load_pem_x509_certificate(parts["ca.crt"])
         signer = serialization.load_pem_public_key(parts["kit.pub"])

@@ -29,10 +29,10 @@ from fedistill.evaluation.metrics import counts_shape, from_counts, merit
 from fedistill.events import EventLog
 from fedistill.experts.train import Task
 from fedistill.files import read_json, write_json, write_tensors
-from fedistill.matching.problem import budget_of, formation_of, images_per_class
+from fedistill.matching.problem import budget_of, formation_of, images_per_class, most_images
 from fedistill.methods.registry import method_of
 from fedistill.release.claim import check_promise
-from fedistill.synthetic.check import check_set, most_images
+from fedistill.synthetic.check import check_set
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet
 from fedistill.synthetic.store import load_set, save_set

@@ -118,11 +118,7 @@ def _figures(cell: Cell, out: Path, sheet: bool) -> Record:
     if cell.arm == "fedavg":
         check_settings(cell.config, task_of(data))
         result, sent = average_sites(cell.config, data, sites, out / "work" / "fedavg" / cell.key)
-        return {
-            "images": None,
-            "upload_bytes": sent,
-            "models": {architectures(cell.config)[0]: _scores(result, data.kind)},
-        }
+        return _without_set(cell, data, result, sent)
     made, ends = [], []
     for site in sites:
         slices: list[Progress] = []
@@ -150,11 +146,13 @@ def _experts_themselves(cell: Cell, data: Dataset, sites: Sequence[Dataset], out
     paths = [expert_paths(cell.config, site, site.name, out / "work") for site in sites]
     floats = sum(path.shape[1] for site in paths for path in site)
     result = ensemble(cell.config, task, paths, data)
-    return {
-        "images": None,
-        "upload_bytes": 4 * floats,
-        "models": {architectures(cell.config)[0]: _scores(result, data.kind)},
-    }
+    return _without_set(cell, data, result, 4 * floats)
+
+
+def _without_set(cell: Cell, data: Dataset, result: Result, upload: int) -> Record:
+    """The figures of an arm whose sites send networks."""
+    scores = _scores(result, data.kind)
+    return {"images": None, "upload_bytes": upload, "models": {architectures(cell.config)[0]: scores}}
 
 
 def _models(config: Config, data: Dataset, material: Material) -> Record:

@@ -61,8 +61,7 @@ def random_real(data: Dataset, part: Partition, counts: dict[str, list[int]], se
 
 def budget_in_whole_images(made: SyntheticSet, counts: Tensor) -> list[int]:
     """As many images of the whole size per class as take the bytes of `counts (K,)` images of the set, rounded up."""
-    places = made.scale ** len(made.geometry[1:])
-    return [-(-n // places) for n in counts.tolist()]
+    return [-(-n // made.per_place) for n in counts.tolist()]
 
 
 def draw_of_each(labels: Tensor, counts: Sequence[int], rng: torch.Generator) -> Tensor:

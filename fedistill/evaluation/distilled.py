@@ -33,8 +33,7 @@ EVERYWHERE = "all sites"
 
 def ipc_of(merged: SyntheticSet) -> int:
     """Places per class of one set as large as the union."""
-    places = len(merged) / merged.scale ** len(merged.geometry[1:])
-    return max(1, round(places / len(merged.class_names)))
+    return max(1, round(len(merged) / merged.per_place / len(merged.class_names)))
 
 
 def distil_centrally(

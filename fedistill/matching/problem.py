@@ -47,9 +47,14 @@ def formation_of(config: Config, task: Task) -> int:
     return 2 if measured and all(side >= 28 and side % 2 == 0 for side in sides) else 1
 
 
+def per_place(config: Config, task: Task) -> int:
+    """Images in the place of one: 1, or several smaller ones (`formation_of`)."""
+    return formation_of(config, task) ** len(task.geometry[1:])
+
+
 def images_per_class(config: Config, task: Task) -> int:
-    """Synthetic images per class and site: one for each of `ipc` places, or several smaller ones (`formation_of`)."""
-    return config.ipc * formation_of(config, task) ** len(task.geometry[1:])
+    """Synthetic images per class and site: those of `ipc` places."""
+    return config.ipc * per_place(config, task)
 
 
 def budget_of(counts: Sequence[int], ipc: int, policy: str) -> list[int]:
@@ -63,6 +68,11 @@ def budget_of(counts: Sequence[int], ipc: int, policy: str) -> list[int]:
     weight = [n if policy == "proportional" else math.sqrt(n) for n in counts]
     total = ipc * len(present)
     return [min(n, max(1, round(total * w / sum(weight)))) if n else 0 for n, w in zip(counts, weight, strict=True)]
+
+
+def most_images(task: Task, *, ipc: int, counts: Sequence[int], policy: str) -> int:
+    """The most synthetic images that a site with `counts` real images per class may send."""
+    return ipc * task.classes if task.kind == "multilabel" else sum(budget_of(counts, ipc, policy))
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,6 @@ class Bundle:
     findings: tuple[tuple[tuple[int, ...], int], ...] = ()
     sketch: Tensor | None = None
     noisy: bool = False
-
-    def size(self, config: Config) -> int:
-        """Images that are to be made."""
-        wanted = images_per_class(config, self.task)
-        if self.task.kind == "multilabel":
-            return wanted * self.task.classes
-        return sum(budget_of(self.counts, wanted, config.budget))
 
     def targets(self, config: Config) -> Tensor:
         """Targets `(m, K)` of the images to be made, sorted by class."""
@@ -329,7 +332,8 @@ def prepare(
     """Check that the configuration fits the experts. Raises `FedistillError` where it does not."""
     check_segment(config, method)
     task = bundle.task
-    compiled = worth_compiling(config, task, bundle.size(config) + (len(context[0]) if context else 0))
+    made = most_images(task, ipc=images_per_class(config, task), counts=bundle.counts, policy=config.budget)
+    compiled = worth_compiling(config, task, made + (len(context[0]) if context else 0))
     nets = tuple(task.network(name, config) for name in architectures_of(config))
     return Matching(
         config=config,

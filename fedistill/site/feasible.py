@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fedistill.config import Config
 from fedistill.data.dataset import Dataset
 from fedistill.errors import FedistillError
@@ -11,7 +9,7 @@ from fedistill.evaluation.arms import architectures
 from fedistill.evaluation.average import shown_rounds
 from fedistill.evaluation.comparators import comparators
 from fedistill.experts.train import Task, architectures_of
-from fedistill.matching.problem import check_segment, formation_of, images_per_class
+from fedistill.matching.problem import check_segment, formation_of, per_place
 from fedistill.methods.registry import method_of
 from fedistill.models.augment import parse_operations
 from fedistill.models.flat import device_of
@@ -93,7 +91,7 @@ def check_budget(config: Config, data: Dataset) -> None:
         return
     each = data.classes  # synthetic images for each of ipc
     if data.kind == "multilabel":  # no class is cut to what it has
-        each = images_per_class(replace(config, ipc=1), task_of(data)) * data.classes
+        each = per_place(config, task_of(data)) * data.classes
     have = len(data.train)
     if config.ipc * each <= have:
         return

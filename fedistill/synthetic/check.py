@@ -10,16 +10,11 @@ from torch import Tensor
 from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
-from fedistill.matching.problem import budget_of
+from fedistill.matching.problem import budget_of, most_images
 from fedistill.models.loss import targets_of
 from fedistill.synthetic.set import SyntheticSet
 
 LARGEST = 100.0  # in units of the public standard deviation; distilled pixels stay far below
-
-
-def most_images(task: Task, *, ipc: int, counts: Sequence[int], policy: str) -> int:
-    """The most synthetic images that a site with `counts` real images per class may send."""
-    return ipc * task.classes if task.kind == "multilabel" else sum(budget_of(counts, ipc, policy))
 
 
 def check_set(

@@ -70,6 +70,11 @@ class SyntheticSet(TorchDataset[tuple[Tensor, Tensor]]):
         return reduce(self.images, self.scale)
 
     @property
+    def per_place(self) -> int:
+        """Images of the set that take the bytes of one of the whole size."""
+        return int(self.scale ** len(self.geometry[1:]))
+
+    @property
     def pixels(self) -> Tensor:
         """The images as float32 in 0..1, for people to look at."""
         return (self.images * self.std + self.mean).clamp(0, 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +52,19 @@ def spends(work: Path) -> int:
 def find(work: Path, name: str) -> Path:
     (found,) = work.rglob(name)
     return found
+
+
+@contextmanager
+def killed_at(monkeypatch: pytest.MonkeyPatch, place: ModuleType, name: str) -> Iterator[None]:
+    """What is done inside ends as by a kill where `place` calls `name`."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 @pytest.mark.parametrize("facts", [True, False], ids=["with its facts", "alone"])
@@ -100,13 +116,8 @@ def test_nothing_is_paid_twice_before_it_is_used(
 ) -> None:
     """A process that was killed at the last moment before, with its result on the disk or without it."""
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learn, "use", killed)
-        with pytest.raises(KeyboardInterrupt):
-            finish(settings(method=method), few, tmp_path)
+    with killed_at(monkeypatch, learn, "use"):
+        finish(settings(method=method), few, tmp_path)
     assert not list(tmp_path.rglob("facts-*.json"))
     find(tmp_path, f"{name}.safetensors").unlink()
     finish(settings(method=method), few, tmp_path)
@@ -199,13 +210,8 @@ def test_an_answer_that_is_gone_is_paid_for_again(what: str, few: Dataset, tmp_p
 def test_an_answer_that_nobody_had_is_not_paid_for_twice(
     name: str, few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(answers, name, killed)
-        with pytest.raises(KeyboardInterrupt):
-            ask(few, tmp_path)
+    with killed_at(monkeypatch, answers, name):
+        ask(few, tmp_path)
     for file in find(tmp_path, "answers").glob("*.json"):
         if "plan" not in file.name:
             file.unlink()
@@ -257,13 +263,8 @@ def test_counts_that_rounds_learned_with_are_not_drawn_again_for_nothing(few: Da
 def test_a_round_that_nobody_had_is_not_paid_for_twice(
     few: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(average, "use", killed)
-        with pytest.raises(KeyboardInterrupt):
-            answered(few, tmp_path, 1)
+    with killed_at(monkeypatch, average, "use"):
+        answered(few, tmp_path, 1)
     find(tmp_path, "round-1.safetensors").unlink()
     answered(few, tmp_path, 1)
     assert spends(tmp_path) == 1

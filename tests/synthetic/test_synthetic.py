@@ -15,8 +15,9 @@ from fedistill import load_set
 from fedistill.data.public import NORMALISATION
 from fedistill.errors import FedistillError
 from fedistill.experts.train import Task
+from fedistill.matching.problem import most_images
 from fedistill.models.enlarge import enlarge
-from fedistill.synthetic.check import check_set, most_images
+from fedistill.synthetic.check import check_set
 from fedistill.synthetic.merge import merge
 from fedistill.synthetic.set import SyntheticSet, one_hot
 from fedistill.synthetic.sheet import sheet_of
