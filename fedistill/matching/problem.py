@@ -94,6 +94,11 @@ class Bundle:
     sketch: Tensor | None = None
     noisy: bool = False
 
+    def size(self, config: Config) -> int:
+        """Images that are to be made."""
+        ipc = images_per_class(config, self.task)
+        return most_images(self.task, ipc=ipc, counts=self.counts, policy=config.budget)
+
     def targets(self, config: Config) -> Tensor:
         """Targets `(m, K)` of the images to be made, sorted by class."""
         wanted = images_per_class(config, self.task)
@@ -332,8 +337,7 @@ def prepare(
     """Check that the configuration fits the experts. Raises `FedistillError` where it does not."""
     check_segment(config, method)
     task = bundle.task
-    made = most_images(task, ipc=images_per_class(config, task), counts=bundle.counts, policy=config.budget)
-    compiled = worth_compiling(config, task, made + (len(context[0]) if context else 0))
+    compiled = worth_compiling(config, task, bundle.size(config) + (len(context[0]) if context else 0))
     nets = tuple(task.network(name, config) for name in architectures_of(config))
     return Matching(
         config=config,

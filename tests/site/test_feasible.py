@@ -11,7 +11,7 @@ import torch
 from fedistill.config import Config, make_config
 from fedistill.data.dataset import Dataset, Split
 from fedistill.errors import FedistillError
-from fedistill.matching.problem import Bundle
+from fedistill.matching.problem import Bundle, cover
 from fedistill.site.describe import task_of
 from fedistill.site.feasible import check_budget
 
@@ -40,7 +40,7 @@ def test_the_advice_is_accepted_and_no_more_is(kind: str, n: int, formation: int
         check_budget(replace(most, ipc=most.ipc + 1), site)
     if kind == "multilabel":  # and the site itself can make it
         findings = tuple((tuple(int(k == c) for k in range(4)), count) for c, count in enumerate(site.train.counts(4)))
-        assert len(Bundle(task_of(site), (), (0,) * 4, findings=findings).targets(most)) <= n
+        assert len(cover(findings, Bundle(task_of(site), (), (0,) * 4).size(most))) <= n
 
 
 @pytest.mark.parametrize(
