@@ -139,7 +139,8 @@ def test_the_checks_can_fail(driver: Any, tmp_path: Path) -> None:
         "<img src='http://127.0.0.1:9/x.png'></main></body></html>"
     )
     show(driver, bad, width=360)
-    assert told(driver)
+    wait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+    assert wait(driver, 20).until(told)  # what does not load is told after the page has
     assert driver.execute_script("return document.scrollingElement.scrollWidth") > 360
     assert len(driver.execute_script(BEYOND)) == 1
     assert len(driver.execute_script(FAINT)) == 1
